@@ -1,0 +1,56 @@
+"""`python -m fedimaging`: the commands."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from fedimaging import __version__
+from fedimaging.errors import FedImagingError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns its exit code: 0, 1 where a run failed, 2 for a mistake of the user."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except FedImagingError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped", highlight=False)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _plain(text: str) -> str:
+    """A message as text: rich must not take its brackets for markup."""
+    return text.replace("[", r"\[")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from fedimaging import report, simulator
+    from fedimaging.datasets import index, synthetic
+    from fedimaging.training import cache
+
+    parser = argparse.ArgumentParser(
+        prog="python -m fedimaging",
+        description="Federated learning for hospital imaging.",
+        epilog="example:\n  python -m fedimaging simulate jobs/chest_xray_fedavg --data data/demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fedimaging {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    data = commands.add_parser("data", help="make manifests and synthetic hospitals").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    index.add_commands(data)
+    synthetic.add_commands(data)
+    cache.add_commands(data)
+    simulator.add_commands(commands)
+    report.add_commands(commands)
+    return parser

@@ -1,0 +1,1 @@
+"""Everything that touches NVIDIA FLARE: what a job's configuration names, and the simulator."""

@@ -1,0 +1,165 @@
+"""A job folder as its settings: read and checked before FLARE sees it, and copied with settings changed."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedimaging.errors import FedImagingError, Reason
+from fedimaging.federation.policy import ALLOWED_CLASSES
+from fedimaging.training.settings import JobSettings
+
+_SERVER, _CLIENT = "app/config/config_fed_server.json", "app/config/config_fed_client.json"
+_EXECUTOR = "fedimaging.federation.executor.TrainerExecutor"
+_PERSISTOR = "fedimaging.federation.persistor.NetworkPersistor"
+_WORKFLOW = "fedimaging.federation.workflow.FederatedAveraging"
+_SHARED = ("task", "network", "seed")
+_WORKFLOW_NAMES = {"rounds": "num_rounds", "min_clients": "min_clients", "straggler_wait": "straggler_wait"}
+_VARIABLE = re.compile(r"\{\$")
+
+
+class JobFolder:
+    """A job folder: ``meta.json`` and ``app/config/*.json``.
+
+    Raises:
+        FedImagingError: the folder is not one of this project's jobs, names a class off the allow-list, or would read
+            an environment variable; the message says which file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.meta = self._read("meta.json")
+        self.server = self._read(_SERVER)
+        self.client = self._read(_CLIENT)
+        if (path / "app" / "custom").exists():
+            raise _bad(path / "app/custom", "a job is configuration only; the sites refuse code that comes with it")
+        for file, config in ((_SERVER, self.server), (_CLIENT, self.client)):
+            for name in _class_paths(config):
+                if name not in ALLOWED_CLASSES:
+                    raise _bad(path / file, f"the class {name} is not on the sites' allow-list")
+        self._executor = self._component(self.client, _EXECUTOR, _CLIENT)
+        self._persistor = self._component(self.server, _PERSISTOR, _SERVER)
+        self._workflow = self._component(self.server, _WORKFLOW, _SERVER)
+
+    @property
+    def name(self) -> str:
+        return str(self.meta.get("name", self.path.name))
+
+    @property
+    def rounds(self) -> int:
+        return int(self._workflow["num_rounds"])
+
+    @property
+    def min_clients(self) -> int:
+        return int(self._workflow["min_clients"])
+
+    def settings(self) -> JobSettings:
+        """The validated settings of the sites' trainer and the server's workflow; both must build one network."""
+        from fedimaging.federation.evaluation import EvaluationSettings
+        from fedimaging.federation.workflow import WorkflowSettings
+        from fedimaging.settings import parse
+
+        parse(WorkflowSettings, self._workflow, "workflow")
+        evaluation = _find(self.server, "fedimaging.federation.evaluation.CrossSiteEvaluation")
+        if evaluation is not None:
+            parse(EvaluationSettings, evaluation, "evaluation")
+        unequal = [name for name in _SHARED if self._executor.get(name) != self._persistor.get(name)]
+        if unequal:
+            raise _bad(self.path / _SERVER, f"{unequal[0]!r} differs from the one in {_CLIENT}; make them equal")
+        return JobSettings(self._executor)
+
+    def override(self, changes: Mapping[str, Any]) -> None:
+        """Changes settings in memory, by dotted name: ``rounds``, ``training.epochs``, ``task.image_size``, ..."""
+        for name, value in changes.items():
+            first, *rest = name.split(".")
+            if first in _WORKFLOW_NAMES and not rest:
+                self._workflow[_WORKFLOW_NAMES[first]] = value
+                if first == "min_clients":
+                    self.meta["min_clients"] = value
+            elif first in self._executor:
+                for owner in (self._executor, self._persistor) if first in _SHARED else (self._executor,):
+                    _assign(owner, [first, *rest], value, name)
+            else:
+                known = ", ".join([*_WORKFLOW_NAMES, *self._executor])
+                raise FedImagingError(f"--set {name}: no such setting; a name starts with one of {known}")
+
+    def write(self, folder: Path) -> None:
+        """Writes the job, as it is now in memory, to a new folder."""
+        if folder.exists():
+            shutil.rmtree(folder)
+        for file, config in (("meta.json", self.meta), (_SERVER, self.server), (_CLIENT, self.client)):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(json.dumps(config, indent=4))
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            text = path.read_text()
+        except OSError:
+            raise _bad(path, "no such file; give a job folder such as jobs/chest_xray_fedavg") from None
+        if _VARIABLE.search(text):
+            raise _bad(
+                path, "holds {$...}, which FLARE would replace by an environment variable; write the value itself"
+            )
+        try:
+            config = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise _bad(path, f"not JSON: line {error.lineno}: {error.msg}") from None
+        if not isinstance(config, dict):
+            raise _bad(path, "expected a JSON object")
+        return config
+
+    def _component(self, config: dict[str, Any], class_path: str, file: str) -> dict[str, Any]:
+        args = _find(config, class_path)
+        if args is None:
+            raise _bad(self.path / file, f"names no {class_path}")
+        return args
+
+
+def parse_changes(pairs: list[str]) -> dict[str, Any]:
+    """``["rounds=3", "task.classes=[\\"a\\", \\"b\\"]"]`` as names and values; a value is JSON, else text, commas a list."""
+    changes: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise FedImagingError(f"--set {pair}: expected NAME=VALUE, for example --set rounds=3")
+        try:
+            changes[name] = json.loads(text)
+        except json.JSONDecodeError:
+            changes[name] = text.split(",") if "," in text else text
+    return changes
+
+
+def _find(config: Any, class_path: str) -> dict[str, Any] | None:
+    """The arguments of the component of a class, wherever it stands."""
+    if isinstance(config, dict):
+        if config.get("path") == class_path:
+            args: dict[str, Any] = config.setdefault("args", {})
+            return args
+        return next((found for value in config.values() if (found := _find(value, class_path)) is not None), None)
+    if isinstance(config, list):
+        return next((found for value in config if (found := _find(value, class_path)) is not None), None)
+    return None
+
+
+def _class_paths(config: Any) -> list[str]:
+    if isinstance(config, dict):
+        own = [str(config[key]) for key in ("path", "class_path") if key in config]
+        return own + [name for value in config.values() for name in _class_paths(value)]
+    if isinstance(config, list):
+        return [name for value in config for name in _class_paths(value)]
+    return []
+
+
+def _assign(owner: dict[str, Any], names: list[str], value: Any, full_name: str) -> None:
+    for part in names[:-1]:
+        owner = owner.setdefault(part, {})
+        if not isinstance(owner, dict):
+            raise FedImagingError(f"--set {full_name}: {part} is a value, not a group of settings")
+    owner[names[-1]] = value
+
+
+def _bad(where: Path, what: str) -> FedImagingError:
+    return FedImagingError(f"{where}: {what}", Reason.BAD_SETTING)

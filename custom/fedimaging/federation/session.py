@@ -1,0 +1,132 @@
+"""A site's part in one job: what the executor and the Client API loop share in memory, in one process."""
+
+import json
+import logging
+import resource
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedimaging.datasets.site import resolve
+from fedimaging.errors import FedImagingError, Reason
+from fedimaging.federation.protocol import PROGRESS_FILE, SITE_REPORT_FILE
+from fedimaging.training.loop import AbortedError, RoundResult, Site, case_results, exchanged
+from fedimaging.training.settings import JobSettings
+
+log = logging.getLogger(__name__)
+
+_REPORT_INTERVAL = 0.5
+
+
+class Session:
+    """Holds the site's data and network from its first task on, and answers tasks without knowing FLARE's messages.
+
+    Args:
+        settings: the job's, not yet validated.
+        site: the site's name.
+        local: the site's folder with ``datasets.yml``.
+        run_dir: where the site keeps its own records of this job.
+    """
+
+    current: "Session | None" = None
+
+    def __init__(self, settings: Mapping[str, Any], site: str, local: Path, run_dir: Path) -> None:
+        self._raw, self._site_name, self._local, self._run_dir = settings, site, local, run_dir
+        self._site: Site | None = None
+        self._last_state: dict[str, torch.Tensor] | None = None
+        self._reported = 0.0
+        self.aborted: Callable[[], bool] = lambda: False
+        self.refusal: Reason | None = None
+
+    @property
+    def site(self) -> Site:
+        """The site's data and network. Raises FedImagingError if it cannot take part."""
+        if self._site is None:
+            settings = JobSettings(self._raw)
+            dataset = resolve(settings.dataset, self._site_name, self._local)
+            log.info("dataset %s: %s (found by %s)", dataset.name, dataset.manifest_path, dataset.source)
+            self._site = Site(settings, dataset, aborted=lambda: self.aborted(), report=self.report)  # noqa: PLW0108 (changes with each task)
+        return self._site
+
+    def train(
+        self, state: dict[str, torch.Tensor], round_number: int, rounds: int
+    ) -> tuple[RoundResult, dict[str, Any]]:
+        """One round from ``state``: the result, and the metrics of ``state`` on validation before it."""
+        self._last_state = None
+        metrics = self.validation_metrics(state)
+        self.report({"stage": "validated", "round": round_number, "metrics": metrics}, always=True)
+        result = self.site.train(state, round_number, rounds)
+        self._last_state = exchanged(result.state)
+        return result, metrics
+
+    def validation_metrics(self, state: dict[str, torch.Tensor]) -> dict[str, float]:
+        return self.site.metrics(state)
+
+    def evaluation(self, state: dict[str, torch.Tensor], model: str) -> dict[str, Any]:
+        """What leaves of a model's evaluation; the per-case results stay in the site's own report."""
+        figures = self.site.evaluation(state)
+        self._keep_case_results(model, figures, state)
+        self.report({"stage": "evaluated", "model": model}, always=True)
+        return figures
+
+    def last_state(self) -> dict[str, torch.Tensor]:
+        """The state after this site's last round of training."""
+        if self._last_state is None:
+            raise FedImagingError("this site has not trained in this job; it has no model to submit", Reason.BAD_MODEL)
+        return self._last_state
+
+    def figures(self, result: RoundResult) -> dict[str, Any]:
+        """A round's figures beside the metrics: counts, losses, seconds, memory."""
+        return {
+            "cases": result.cases,
+            "seconds": round(result.seconds, 3),
+            "loss": result.epoch_losses[-1],
+            "epoch_losses": result.epoch_losses,
+            "skipped": self.site.skipped(),
+            "peak_memory": peak_memory(),
+        }
+
+    def refuse(self, error: Exception) -> None:
+        """Notes why this site does not answer: in full in its own log, as a code for the server."""
+        self.refusal = _reason(error)
+        log.error("refused (%s): %s", self.refusal.value, error, exc_info=self.refusal is Reason.INTERNAL)
+        self.report({"stage": "refused", "reason": self.refusal.value, "message": str(error)}, always=True)
+
+    def report(self, event: dict[str, Any], always: bool = False) -> None:
+        """Appends to the site's own progress file, at most every half second unless ``always``."""
+        now = time.monotonic()
+        if always or event["stage"] != "loading" or now - self._reported > _REPORT_INTERVAL:
+            self._reported = now
+            with (self._run_dir / PROGRESS_FILE).open("a") as file:
+                file.write(json.dumps(event) + "\n")
+
+    def _keep_case_results(self, model: str, figures: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+        path = self._run_dir / SITE_REPORT_FILE
+        report: dict[str, Any] = (
+            json.loads(path.read_text())
+            if path.exists()
+            else {"site": self._site_name, "dataset": self.site.dataset.name, "models": {}}
+        )
+        rows = case_results(self.site, self.site.outcomes(state, "test"), "test")
+        report["models"][model] = {"eval": figures, "cases": rows}
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(report))
+
+
+def peak_memory() -> int:
+    """This process's largest resident size so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _reason(error: Exception) -> Reason:
+    if isinstance(error, FedImagingError):
+        return error.reason
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return Reason.OUT_OF_MEMORY
+    return Reason.INTERNAL
+
+
+__all__ = ["AbortedError", "Session", "peak_memory"]

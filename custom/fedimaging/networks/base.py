@@ -1,0 +1,27 @@
+"""What every registered network has in common."""
+
+from abc import abstractmethod
+from typing import Any, Literal
+
+from torch import nn
+
+from fedimaging.settings import Settings
+
+
+class NetworkSettings(Settings):
+    """Settings of a network; a subclass pins ``name`` and builds the module.
+
+    ``norm`` is "batch" (running statistics are averaged over the sites) or "group" (no statistics to share;
+    Wu and He 2018), which suits sites whose images differ much.
+    """
+
+    name: str
+    norm: Literal["batch", "group"] = "batch"
+
+    @abstractmethod
+    def build(self, *, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
+        """Returns a module from (batch, in_channels, *spatial) to logits (batch, out_channels)."""
+
+    def norm_layer(self, groups: int = 8) -> Any:
+        """The norm in MONAI's notation; ``groups`` must divide every channel count of the network."""
+        return "batch" if self.norm == "batch" else ("group", {"num_groups": groups})

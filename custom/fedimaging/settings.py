@@ -1,0 +1,36 @@
+"""The base of all typed settings: plain values only, checked by type and range, refused by name."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+from fedimaging.errors import FedImagingError, Reason
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+ClassName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _+-]{0,63}$")]
+
+
+class Settings(BaseModel):
+    """Settings that a job may make. No path, URL, class path or object gets through; nothing is coerced."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def parse(settings: type[S], raw: Any, where: str) -> S:
+    """Validate ``raw`` as ``settings``; the message names the setting at fault, never its value."""
+    if not isinstance(raw, Mapping):
+        raise FedImagingError(f"{where}: expected settings as an object with names and values", Reason.BAD_SETTING)
+    try:
+        return settings.model_validate(dict(raw))
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = ".".join([where, *(str(part) for part in first["loc"])])
+        message = re.sub(r"\s+", " ", first["msg"])
+        if first["type"] == "extra_forbidden":
+            message = f"unknown setting; known here: {', '.join(sorted(settings.model_fields))}"
+        raise FedImagingError(f"{name}: {message}", Reason.BAD_SETTING) from None

@@ -1,0 +1,74 @@
+"""Everything that a job may set, typed: the job's own words for dataset, task, network and local training."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from fedimaging.networks import NetworkSettings, network_settings
+from fedimaging.settings import Name, Settings, parse
+from fedimaging.tasks import Task, make_task
+
+
+class TrainingSettings(Settings):
+    """Local training of one round."""
+
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 1
+    """passes over the site's training cases in a round"""
+    max_batches: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    """stop an epoch after so many batches; null for all"""
+    batch_size: Annotated[int, Field(ge=2, le=4096)] = 16
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
+    """the schedule's peak"""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """of sgd"""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-4
+    schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    """of the learning rate, over all rounds"""
+    gradient_clip: Annotated[float, Field(gt=0, le=1e6)] | None = 1.0
+    """largest norm of the gradient; null for none"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_unreadable: Annotated[float, Field(ge=0, le=0.5)] = 0.01
+    """share of unreadable cases above which the site refuses"""
+    cache_memory_mb: Annotated[int, Field(ge=0, le=1_000_000)] = 2048
+    """memory for decoded cases; what does not fit goes to the site's disk cache"""
+    cache_disk_mb: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    """disk for decoded cases; what does not fit is read anew each epoch"""
+
+
+class SeedSettings(Settings):
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """fixes initial weights, order and augmentation"""
+
+
+class _JobShape(SeedSettings):
+    dataset: Name
+    task: dict[str, Any]
+    network: dict[str, Any]
+    training: TrainingSettings = TrainingSettings()
+
+
+class JobSettings:
+    """A job's settings, validated: ``dataset`` (a logical name), ``task``, ``network``, ``training`` and ``seed``.
+
+    Raises:
+        FedImagingError: BAD_SETTING, naming the setting that is wrong or unknown, never its value.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        shape = parse(_JobShape, raw, "job")
+        self.dataset: str = shape.dataset
+        self.task: Task = make_task(shape.task)
+        self.network: NetworkSettings = network_settings(shape.network)
+        self.training: TrainingSettings = shape.training
+        self.seed: int = shape.seed
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, defaults filled in."""
+        return {
+            "dataset": self.dataset,
+            "task": self.task.settings.model_dump(),
+            "network": self.network.model_dump(),
+            "training": self.training.model_dump(),
+            "seed": self.seed,
+        }

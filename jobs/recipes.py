@@ -1,0 +1,57 @@
+"""Writes every job folder of this directory from one description each: `python jobs/recipes.py`.
+
+A folder is what a job is made of (meta.json and app/config/*.json, no Python); change a recipe here and write them
+all again. A test holds the committed folders equal to what this file writes.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from nvflare.job_config.api import FedJob
+
+from fedimaging.federation.evaluation import CrossSiteEvaluation
+from fedimaging.federation.executor import TrainerExecutor
+from fedimaging.federation.persistor import NetworkPersistor
+from fedimaging.federation.protocol import PERSISTOR_ID
+from fedimaging.federation.workflow import FederatedAveraging
+
+CHEST_XRAY: dict[str, Any] = {
+    "dataset": "chest_xray",
+    "task": {
+        "name": "classification",
+        "classes": ["normal", "consolidation", "effusion"],
+        "image_size": 64,
+    },
+    "network": {"name": "DenseNet121", "norm": "batch"},
+    "training": {"epochs": 1, "batch_size": 16, "optimizer": "adamw", "learning_rate": 0.001, "schedule": "one_cycle"},
+    "seed": 0,
+}
+
+
+def fedavg(name: str, settings: dict[str, Any], *, rounds: int, min_clients: int) -> FedJob:
+    """FedAvg over all sites, then the best and the last model on every site's test split."""
+    job = FedJob(name=name, min_clients=min_clients)
+    job.job.set_app_packages(["fedimaging"])
+    job.to_server(FederatedAveraging(num_rounds=rounds, min_clients=min_clients))
+    job.to_server(CrossSiteEvaluation())
+    job.to_server(
+        NetworkPersistor(task=settings["task"], network=settings["network"], seed=settings["seed"]), id=PERSISTOR_ID
+    )
+    job.to_clients(TrainerExecutor(**settings))
+    return job
+
+
+def recipes() -> list[FedJob]:
+    """Every job of this folder."""
+    return [fedavg("chest_xray_fedavg", CHEST_XRAY, rounds=8, min_clients=2)]
+
+
+def write(folder: Path) -> None:
+    """Writes (or writes anew) every job folder below ``folder``."""
+    for job in recipes():
+        job.export_job(str(folder))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
