@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 
@@ -35,7 +36,6 @@ def _plain(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     from fedimaging import report, simulator
     from fedimaging.datasets import index, synthetic
-    from fedimaging.training import cache
 
     parser = argparse.ArgumentParser(
         prog="python -m fedimaging",
@@ -50,7 +50,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     index.add_commands(data)
     synthetic.add_commands(data)
-    cache.add_commands(data)
+    _add_clear_cache(data)
     simulator.add_commands(commands)
     report.add_commands(commands)
     return parser
+
+
+def _add_clear_cache(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "clear-cache",
+        help="delete the decoded images that training keeps on disk",
+        description="Delete the disk cache of decoded images, $XDG_CACHE_HOME/fedimaging (~/.cache/fedimaging).",
+        epilog="example:\n  python -m fedimaging data clear-cache",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_run_clear_cache)
+
+
+def _run_clear_cache(_: argparse.Namespace) -> None:
+    from fedimaging.training.cache import cache_folder, clear_cache
+
+    print(f"{cache_folder()}: {clear_cache() / 2**20:.1f} MiB freed")

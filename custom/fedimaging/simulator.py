@@ -24,7 +24,6 @@ from rich.table import Table
 from fedimaging.datasets.manifest import SPLITS
 from fedimaging.datasets.site import DATA_ROOT_VARIABLE, MANIFEST_FILE, SITE_FILE, Dataset, resolve
 from fedimaging.errors import FedImagingError, Reason
-from fedimaging.federation.job import JobFolder, parse_changes
 from fedimaging.federation.policy import write_resources
 from fedimaging.federation.protocol import PROGRESS_FILE, ROUNDS_FILE, SIMULATED_JOB_ID, START_MODELS_FILE
 
@@ -104,6 +103,9 @@ def simulate(
     Raises:
         FedImagingError: before anything starts, if the job, a setting or a site's dataset is wrong.
     """
+    # Imported here: it brings torch and MONAI, and a command's help should not wait for them.
+    from fedimaging.federation.job import JobFolder
+
     job = JobFolder(job_path)
     job.override(changes or {})
     settings = job.settings()
@@ -362,6 +364,7 @@ def _run_workspace(arguments: argparse.Namespace) -> None:
 
 
 def _run_simulate(arguments: argparse.Namespace) -> int:
+    from fedimaging.federation.job import parse_changes
     from fedimaging.report import write_report
 
     workspace = arguments.workspace or Path("runs") / arguments.job.resolve().name

@@ -184,7 +184,8 @@ def dataset(tmp_path):
 
 
 def check(folder):
-    Manifest.read(folder / "manifest.json").check_files(folder)
+    path = folder / "manifest.json"
+    Manifest.read(path).check_files(folder, path)
 
 
 def test_complete_dataset_passes(dataset):

@@ -326,7 +326,7 @@ def _with_channels(image: Floats, channels: int) -> Floats:
     if image.ndim == 3 and channels == 1:
         image = image @ _LUMA
     if image.ndim == 2:
-        return np.ascontiguousarray(np.broadcast_to(image, (channels, *image.shape)))
+        return np.repeat(image[np.newaxis], channels, axis=0)
     return np.ascontiguousarray(image.transpose(2, 0, 1))
 
 

@@ -162,7 +162,7 @@ def build_index(options: Options) -> IndexResult:
         for case in cases:
             if case.path != out.parent / case.name:
                 _link_or_copy(case.path, out.parent / case.name, created)
-        manifest.check_files(out.parent)
+        manifest.check_files(out.parent, out)
         manifest.write(out)
     kept = len({case.patient for case in cases} & previous.keys())
     return IndexResult(out, manifest, dict(notes.left_out), notes.warnings, kept)

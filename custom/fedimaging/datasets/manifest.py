@@ -29,7 +29,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PrivateAttr,
     StringConstraints,
     ValidationError,
     model_validator,
@@ -94,7 +93,6 @@ class Manifest(BaseModel):
     training: list[Case] = []
     validation: list[Case] = []
     test: list[Case] = []
-    _path: Path | None = PrivateAttr(default=None)
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -130,11 +128,9 @@ class Manifest(BaseModel):
         if not isinstance(data, dict):
             raise _bad(path, f"holds a {type(data).__name__}, not an object with the keys {', '.join(_HEADER)}")
         try:
-            manifest = cls.model_validate(data)
+            return cls.model_validate(data)
         except ValidationError as error:
             raise _bad(path, _first_fault(error)) from None
-        manifest._path = path
-        return manifest
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
@@ -232,13 +228,17 @@ class Manifest(BaseModel):
             reason = Reason.NO_DISK_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Reason.NO_DATASET
             raise FedImagingError(f"{path}: can't write the manifest: {error.strerror}", reason) from None
 
-    def check_files(self, root: Path) -> None:
+    def check_files(self, root: Path, path: Path | None = None) -> None:
         """Each image (and mask) is a file that lies in `root`, the manifest's folder, links followed.
+
+        Args:
+            root: the manifest's folder.
+            path: the file that an error names; the folder by default.
 
         Raises:
             FedImagingError: BAD_MANIFEST, naming the manifest, the entry and the file.
         """
-        path = self._path or root
+        path = path or root
         base = os.path.realpath(root)
         images: dict[str, str] = {}
         for _, entry, case in self._entries():

@@ -63,7 +63,7 @@ def resolve(name: str, site: str, local: Path | None) -> Dataset:
         manifest = Manifest.read(manifest_path)
     except FedImagingError as error:
         raise FedImagingError(f"{error} (dataset {name!r} as {source} says)", error.reason) from None
-    manifest.check_files(manifest_path.parent)
+    manifest.check_files(manifest_path.parent, manifest_path)
     return Dataset(name, site, manifest_path.parent, manifest_path, manifest, source)
 
 

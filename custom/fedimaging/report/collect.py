@@ -59,10 +59,8 @@ class Log:
     @classmethod
     def of(cls, events: list[dict[str, Any]]) -> "Log":
         named = {event["event"]: event for event in events if event.get("event") in ("start", "final", "end")}
-        trained = [
-            event for event in events if event.get("event") == "round" and to_number(event.get("round")) is not None
-        ]
-        rounds = {int(event["round"]): event for event in trained}
+        trained = [event for event in events if event.get("event") == "round" and "round" in event]
+        rounds = {int(index): event for event in trained if (index := to_number(event["round"])) is not None}
         return cls(
             named.get("start", {}), [rounds[r] for r in sorted(rounds)], named.get("final", {}), named.get("end", {})
         )
@@ -77,8 +75,8 @@ def collect(workspace: Path, site: str | None = None) -> dict[str, Any]:
     """Collects the report of a simulator workspace, a server's run directory or a downloaded job.
 
     Args:
-        workspace: the folder that `simulate`, `nvflare simulator -w` or the console's `download_job` wrote; for a site's
-            own report also the run directory of that site's client.
+        workspace: the folder that `simulate`, `nvflare simulator -w` or the console's `download_job` wrote; for a
+            site's own report also the run directory of that site's client.
         site: adds the per-case results of this site, which exist only there.
 
     Raises:
@@ -226,7 +224,7 @@ def _picked(log: Log) -> dict[str, Any]:
     best = to_number(log.end.get("best_round"))
     if best is not None:
         return {"after_rounds": best, "key_metric": to_number(log.end.get("best_key_metric")), "so_far": False}
-    event = next((event for event in reversed(log.rounds) if event.get("best") is True), {})
+    event: dict[str, Any] = next((event for event in reversed(log.rounds) if event.get("best") is True), {})
     after, metric = to_number(event.get("round")), to_number(event.get("key_metric"))
     return {"after_rounds": after, "key_metric": metric, "so_far": not log.end}
 
@@ -401,9 +399,9 @@ def _summary(report: dict[str, Any]) -> list[str]:
     sentences = [sentence[0].upper() + sentence[1:]]
     if picked is not None:
         so_far = " so far" if report["picked"]["so_far"] else ""
-        last = ", the last one" if picked == job["rounds_done"] else ""
+        last = " (the last)" if picked == job["rounds_done"] else ""
         when = "before any training" if picked == 0 else f"after round {picked}{last}"
-        sentences.append(f"The model picked is the best on validation{so_far}, the one {when}.")
+        sentences.append(f"The model picked is the one {when}, the best on validation{so_far}.")
     if job["simulated"]:
         sentences.append("This was a simulation: one machine played every hospital, each with its own images only.")
     else:
@@ -413,20 +411,17 @@ def _summary(report: dict[str, Any]) -> list[str]:
 
 def _test_cautions(report: dict[str, Any], evaluations: dict[str, Any]) -> list[str]:
     key, label = report["key_metric"]["name"], report["key_metric"]["label"]
-    cautions = []
+    cautions, few = [], []
     for site, evaluation in evaluations.items():
         figure, cases = evaluation["metrics"].get(key, to_figure({}, key)), evaluation["cases"]
         low, high = figure["ci"] or (0, 0)
         if figure["value"] is None:
             cautions.append(f"{site} gives no {label} on its test cases, and the mean leaves it out.")
         elif high - low > WIDE_INTERVAL:
-            of = "" if cases is None else f", from {cases} test cases"
-            cautions.append(
-                f"The interval of {site} is wide ({low:.3f}–{high:.3f}{of}): its figure says little either way."
-            )
-        elif cases is not None and cases < FEW_CASES:
-            cautions.append(f"The figure of {site} rests on {cases} test cases.")
-    return cautions
+            cautions.append(f"The interval of {site} is wide, {low:.3f}–{high:.3f}: more test cases would tell more.")
+        if cases is not None and cases < FEW_CASES:
+            few.append(f"{site} ({cases})")
+    return cautions + ([f"Few test cases: {_listing(few)}."] if few else [])
 
 
 def _participation_cautions(report: dict[str, Any]) -> list[str]:

@@ -5,7 +5,6 @@ withheld for too few cases, not given where it is undefined.
 """
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 SPLITS = ("training", "validation", "test")
@@ -61,12 +60,26 @@ def to_figure(source: dict[str, Any], name: str, few: bool = False) -> dict[str,
     }
 
 
-def _figures(source: dict[str, Any], few: bool, skip: Iterable[str] = ()) -> dict[str, Any]:
+_PARTS = (
+    "cases",
+    "patients",
+    "min_cell",
+    "seconds",
+    "skipped",
+    "classes",
+    "per_class",
+    "calibration",
+    "subgroups",
+    "roc",
+)
+
+
+def _figures(source: dict[str, Any], few: bool) -> dict[str, Any]:
     """Each figure of a mapping by name: numbers and nulls, with their intervals."""
     names = [
         n
         for n, v in source.items()
-        if n not in skip and not n.endswith("_ci") and (v is None or to_number(v) is not None)
+        if n not in _PARTS and not n.endswith("_ci") and (v is None or to_number(v) is not None)
     ]
     return {name: to_figure(source, name, few) for name in names}
 
@@ -78,10 +91,9 @@ def _counts(source: Any) -> dict[str, Any]:
 
 def read_evaluation(raw: dict[str, Any]) -> dict[str, Any]:
     """One model on one site's split, reduced to the aggregates that the report knows: numbers, by name."""
-    counts = _counts(raw)
+    counts, validation = _counts(raw), _counts(raw.get("validation"))
     min_cell = to_number(raw.get("min_cell"))
     few = counts["cases"] is None or counts["cases"] < (min_cell or 0) or None in counts["classes"].values()
-    counted = ("cases", "patients", "min_cell", "seconds", "skipped")
     return {
         "split": raw["split"] if raw.get("split") in SPLITS else "test",
         "task": str(raw.get("task", "")),
@@ -91,10 +103,13 @@ def read_evaluation(raw: dict[str, Any]) -> dict[str, Any]:
         "skipped": to_number(raw.get("skipped")),
         "seconds": to_number(raw.get("seconds")),
         "training": _counts(raw.get("training")),
-        "validation": _counts(raw.get("validation")),
-        "metrics": _figures(raw, few, counted),
+        "validation": validation,
+        "metrics": _figures(raw, few),
         "per_class": {
-            str(name): {"metrics": _figures(to_mapping(c), few), "roc": _roc(to_mapping(c).get("roc"))}
+            str(name): {
+                "metrics": _figures(to_mapping(c), few or None in validation["classes"].values()),
+                "roc": _roc(to_mapping(c).get("roc")),
+            }
             for name, c in to_mapping(raw.get("per_class")).items()
         },
         "calibration": _calibration(to_mapping(raw.get("calibration"))),
@@ -108,7 +123,7 @@ def read_evaluation(raw: dict[str, Any]) -> dict[str, Any]:
 def _subgroup(source: dict[str, Any], min_cell: float | None) -> dict[str, Any]:
     cases = to_number(source.get("cases"))
     few = cases is None or cases < (min_cell or 0)
-    return {"cases": cases, "metrics": _figures(source, few, ("cases", "patients"))}
+    return {"cases": cases, "metrics": _figures(source, few)}
 
 
 def _roc(source: Any) -> dict[str, list[float]] | None:

@@ -51,7 +51,7 @@ def _dataset_names(settings: Any) -> set[str]:
 
 
 def _site_examples(workspace: Path, name: str, site: str) -> dict[str, str]:
-    """The examples of one hospital; an absent, faulty or real dataset gives none: a report never fails over pictures."""
+    """The examples of one hospital; none where its dataset is absent, faulty or real: no report fails over pictures."""
     try:
         located = _locate(workspace, name, site)
         if located is None:

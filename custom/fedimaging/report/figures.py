@@ -69,7 +69,7 @@ def validation_chart(curves: Mapping[int, Curve], mean: Curve, picked: float | N
     with rc_context(_STYLE):
         figure, axes = _axes(5.0, 2.9)
         for index, curve in curves.items():
-            _line(axes, index, curve, alpha=0.75)
+            _line(axes, index, curve, width=1.1)
         known = [(x, y) for x, y in mean if y is not None]
         axes.plot([x for x, _ in known], [y for _, y in known], color=INK, linewidth=2.4, zorder=4)
         if picked is not None:
@@ -163,11 +163,11 @@ def _colour(index: int) -> str:
     return SERIES[index % len(SERIES)]
 
 
-def _line(axes: Axes, index: int, curve: Curve, alpha: float = 1.0) -> None:
+def _line(axes: Axes, index: int, curve: Curve, width: float = 1.5) -> None:
     """A hospital's series; a round without a figure leaves a gap."""
     y = [float("nan") if value is None else value for _, value in curve]
     marker = MARKERS[index % len(MARKERS)] if len(curve) <= 30 else None
-    axes.plot([x for x, _ in curve], y, color=_colour(index), marker=marker, mec=PAPER, mew=0.6, alpha=alpha)
+    axes.plot([x for x, _ in curve], y, color=_colour(index), marker=marker, mec=PAPER, mew=0.6, linewidth=width)
 
 
 def _whole_rounds(axes: Axes, curves: Iterable[Curve], first: int) -> None:

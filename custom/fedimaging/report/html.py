@@ -22,8 +22,8 @@ from fedimaging.report.evaluation import SPLITS
 from fedimaging.report.examples import example_images
 
 EXPLANATIONS = {
-    "auroc": "AUROC is the chance that a case with the finding gets a higher score than one without it: 0.5 is guessing, "
-    "1 is perfect.",
+    "auroc": "AUROC is the chance that a case with the finding gets a higher score than one without it: "
+    "0.5 is guessing, 1 is perfect.",
     "mean_dice": "Dice measures how far the predicted and the drawn region overlap: 0 is not at all, 1 is exactly.",
 }
 _ORDER = ("auroc", "dice", "mean_dice", "sensitivity", "specificity", "threshold", "balanced_accuracy", "accuracy")
@@ -49,6 +49,7 @@ def render(report: dict[str, Any], workspace: Path) -> str:
     index = {site: i for i, site in enumerate(report["sites"])}
     headline = report["headline"]
     evaluations = report["cross_site"].get(headline["model"], {})
+    columns, intervals = _columns(evaluations)
     return environment.get_template("template.html").render(
         report=report,
         index=index,
@@ -61,7 +62,10 @@ def render(report: dict[str, Any], workspace: Path) -> str:
         charts=_charts(report, index),
         roc=_roc_charts(evaluations, index),
         reliability=_reliability_charts(evaluations, index),
-        columns=_columns(evaluations),
+        columns=columns,
+        class_names=_class_names(evaluations),
+        roc_sites=[s for s, e in evaluations.items() if any(cell["roc"] for cell in e["per_class"].values())],
+        intervals=intervals,
         heat=_heat,
         examples=example_images(workspace, report["settings"], report["sites"]),
         timing=_timing(report),
@@ -108,8 +112,8 @@ def size(value: float | None) -> str:
         return "–"
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(value) >= scale:
-            return f"{value / scale:.2f} {unit}" if value < 10 * scale else f"{value / scale:.1f} {unit}"
-    return f"{value:.0f} B"
+            return f"{value / scale:.{2 if value < 10 * scale else 1}f}\u00a0{unit}"
+    return f"{value:.0f}\u00a0B"
 
 
 def duration(seconds: float | None) -> str:
@@ -117,9 +121,9 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return "–"
     if seconds < 120:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f}\u00a0s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes}\u00a0min {rest}\u00a0s" if minutes < 120 else f"{minutes // 60}\u00a0h {minutes % 60}\u00a0min"
 
 
 def _pretty(value: Any) -> str:
@@ -173,11 +177,12 @@ def _forest(report: dict[str, Any], evaluations: dict[str, Any]) -> dict[str, An
             "width": round(place(ci[1]) - place(ci[0]), 2) if ci else None,
         }
 
-    ticks = [low + (high - low) * i / 4 for i in range(5)]
+    step = 0.1 if high - low < 0.65 else 0.25
+    ticks = [high - step * i for i in range(int((high - low) / step + 1e-6) + 1)] if unit else [low, high]
     return {
         "rows": [bar(figure) | {"site": site, "cases": cases, "min_cell": cell} for site, figure, cases, cell in rows],
         "mean": bar(report["headline"]["macro_mean"]),
-        "ticks": [(place(tick), f"{tick:.3f}".rstrip("0").rstrip(".") if unit else f"{tick:.3g}") for tick in ticks],
+        "ticks": [(place(tick), f"{tick:.3g}") for tick in ticks],
     }
 
 
@@ -211,9 +216,8 @@ def _charts(report: dict[str, Any], index: dict[str, int]) -> dict[str, Markup]:
 
 
 def _roc_charts(evaluations: dict[str, Any], index: dict[str, int]) -> list[tuple[str, Markup]]:
-    names = _unique(name for evaluation in evaluations.values() for name in evaluation["per_class"])
     charts = []
-    for i, name in enumerate(names):
+    for i, name in enumerate(_class_names(evaluations)):
         cells = {site: e["per_class"][name] for site, e in evaluations.items() if name in e["per_class"]}
         curves = {
             index[site]: cell["roc"] | {"point": _operating_point(cell)} for site, cell in cells.items() if cell["roc"]
@@ -249,8 +253,8 @@ def _reliability_charts(evaluations: dict[str, Any], index: dict[str, int]) -> l
     return charts
 
 
-def _columns(evaluations: dict[str, Any]) -> dict[str, list[str]]:
-    """The metrics that occur, in the order in which they are read: overall, per class, in subgroups."""
+def _columns(evaluations: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, set[str]]]:
+    """The metrics that occur overall, per class and in subgroups, as they are read, and those with an interval."""
     sources = {
         "overall": [e["metrics"] for e in evaluations.values()],
         "per_class": [cell["metrics"] for e in evaluations.values() for cell in e["per_class"].values()],
@@ -259,10 +263,19 @@ def _columns(evaluations: dict[str, Any]) -> dict[str, list[str]]:
         ],
     }
     rank = {name: i for i, name in enumerate(_ORDER)}
-    return {
-        part: sorted(_unique(name for metrics in found for name in metrics), key=lambda n: rank.get(n, len(rank)))
+    columns = {
+        part: sorted(_unique(name for metrics in found for name in metrics), key=lambda name: rank.get(name, len(rank)))
         for part, found in sources.items()
     }
+    intervals = {
+        part: {name for metrics in found for name, figure in metrics.items() if figure["ci"]}
+        for part, found in sources.items()
+    }
+    return columns, intervals
+
+
+def _class_names(evaluations: dict[str, Any]) -> list[str]:
+    return _unique(name for evaluation in evaluations.values() for name in evaluation["per_class"])
 
 
 def _unique(names: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from monai.metrics import compute_confusion_matrix_metric, get_confusion_matrix
 from monai.transforms import Compose, NormalizeIntensity, RandAdjustContrast, RandAffine, RandFlip, Resize, SpatialPad
+from monai.utils import convert_to_tensor
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -96,10 +97,10 @@ class Classification(Task):
             )
 
     def load(self, root: Path, case: Case) -> Item:
-        image = torch.from_numpy(read_image(root / case.image, channels=self.settings.channels))
+        image = torch.tensor(read_image(root / case.image, channels=self.settings.channels))
         if not torch.isfinite(image).all():
             raise FedImagingError(f"{root / case.image}: pixels that are not finite numbers", Reason.UNREADABLE_IMAGES)
-        return {"image": torch.as_tensor(self._fit(image), dtype=torch.float32), "label": self.target(case)}
+        return {"image": convert_to_tensor(self._fit(image), dtype=torch.float32, track_meta=False), "label": self.target(case)}
 
     def load_key(self) -> str:
         settings = self.settings
@@ -199,7 +200,7 @@ class Classification(Task):
                 **stats.calibration(confidence, correct),
                 "brier": round(float(((probabilities - truth) ** 2).sum(1).mean()), 4),
             }
-            if len(cases) >= stats.MIN_CELL
+            if summary
             else None,
             "subgroups": self._subgroups(probabilities, truth, cases, seed),
         }

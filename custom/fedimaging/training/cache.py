@@ -4,7 +4,6 @@ The disk cache has one place, ``$XDG_CACHE_HOME/fedimaging`` (``~/.cache/fedimag
 ``python -m fedimaging data clear-cache`` deletes it. Random augmentation runs after the cache.
 """
 
-import argparse
 import errno
 import hashlib
 import os
@@ -13,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
 
 import torch
 
@@ -51,7 +50,7 @@ class DiskCache:
             return None
         try:
             item: Item = torch.load(path, weights_only=True)
-        except (RuntimeError, EOFError, OSError):
+        except (RuntimeError, EOFError, OSError, UnpicklingError):
             path.unlink(missing_ok=True)
             return None
         return item
@@ -170,20 +169,3 @@ def _ahead(
         if position + window < len(cases):
             futures.append(pool.submit(load, cases[position + window]))
         yield loaded
-
-
-def add_commands(subparsers: Any) -> None:
-    """Registers ``clear-cache`` in the ``data`` group."""
-    parser = subparsers.add_parser(
-        "clear-cache",
-        help="delete the decoded images that training keeps on disk",
-        description=f"Delete the disk cache, {cache_folder()}.",
-        epilog="example:\n  python -m fedimaging data clear-cache",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=_run_clear)
-
-
-def _run_clear(_: argparse.Namespace) -> None:
-    folder = cache_folder()
-    print(f"{folder}: {clear_cache() / 2**20:.1f} MiB freed")

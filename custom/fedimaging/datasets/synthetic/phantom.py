@@ -1,22 +1,26 @@
 """A chest radiograph phantom in numpy: anatomy, findings, X-ray exposure and image processing.
 
-Lengths are centimetres. The patient frame has its origin in the middle of the chest, x to the patient's left (the image's right), y to the
-feet. A projection is a map of water-equivalent path lengths; `expose` turns it into an image by the Beer-Lambert law.
+Lengths are centimetres. The patient frame has its origin in the middle of the chest, x to the patient's left (the
+image's right), y to the feet. A projection is a map of water-equivalent path lengths; `expose` turns it into an image
+by the Beer-Lambert law.
 
-What decides the finding never touches the random streams of anatomy, positioning, distractors and exposure, so that two radiographs of one
-patient and study that differ in the finding are equal outside of it, up to the automatic ranging of the grey scale.
+What decides the finding never touches the random streams of anatomy, positioning, distractors and exposure, so that
+two radiographs of one patient and study that differ in the finding are equal outside of it, up to the automatic
+ranging of the grey scale.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Image = NDArray[np.float32]
+Image = NDArray[np.floating[Any]]
 FINDINGS = ("consolidation", "effusion")
 AIR_IN_LUNG = 0.78
 ATTENUATION = 0.19
@@ -114,7 +118,7 @@ class _Anatomy:
 
     def costophrenic(self, side: int) -> float:
         """Height of the costophrenic angle on the patient's right (-1) or left (1)."""
-        return float(self.diaphragm(np.float32([side * self.width * 0.96]))[0])
+        return float(self.diaphragm(np.array([side * self.width * 0.96]))[0])
 
 
 def _draw_anatomy(subject: Subject) -> _Anatomy:
@@ -126,11 +130,11 @@ def _draw_anatomy(subject: Subject) -> _Anatomy:
     width = 13.4 * size * rng.normal(1, 0.03)
     breath = now.normal(-0.9 if supine else 0.3, 0.9)
     right = 9.2 * size + rng.normal(0, 0.6) + breath
-    ratio = np.clip(rng.normal(0.48, 0.045) + (0.035 if supine else 0) - 0.012 * breath, 0.38, 0.62)
+    ratio = rng.normal(0.48, 0.045) + (0.035 if supine else 0) - 0.012 * breath
     turn = now.normal(0, 0.5)
-    half = ratio * width
+    half = width * min(max(ratio, 0.38), 0.62)
     tilt = rng.uniform(0.3, 0.75)
-    sits = right + 0.9 - np.hypot(half * np.sin(tilt), 0.74 * half * np.cos(tilt))
+    sits = right + 0.9 - math.hypot(half * math.sin(tilt), 0.74 * half * math.cos(tilt))
     heart = (half * rng.uniform(0.28, 0.4) + turn, sits, tilt)
     return _Anatomy(
         width=width,
@@ -231,7 +235,7 @@ def _polyline(
 ) -> None:
     """Draw a wire or tube through patient points; radius in cm, amount in cm of water."""
     at = frame.pixels(np.array(list(points)))
-    for start, end in zip(at[:-1], at[1:], strict=True):
+    for start, end in pairwise(at):
         _stroke(canvas, start, end, radius / frame.pitch, amount)
 
 
@@ -300,9 +304,9 @@ def _bones(frame: _Frame, a: _Anatomy, thorax: Image) -> Image:
 
 def _body(frame: _Frame, a: _Anatomy) -> Image:
     """Soft tissue of trunk, neck, shoulders, arms and breasts."""
-    x, y, side = frame.x, frame.y, np.abs(frame.x)
+    y, side = frame.y, np.abs(frame.x)
     trunk = a.width + a.wall + 0.35 * np.clip(y - 6, 0, None)
-    shoulder = _step(y + 13.6 + 0.16 * (side - 4) ** 1.0, 4.0)
+    shoulder = _step(y + 13.6 + 0.16 * (side - 4), 4.0)
     outline = 5.2 + (trunk + 3.5 * _step(-4 - y, 12.0) - 5.2) * shoulder
     thickness = (a.depth + 2.2 + a.fat * (0.85 + 0.03 * y)) * (0.55 + 0.45 * _step(y + 11, 10.0))
     body = thickness * np.sqrt(np.clip(1 - (side / outline) ** 3, 0, None))
@@ -314,22 +318,21 @@ def _body(frame: _Frame, a: _Anatomy) -> Image:
     return body
 
 
-def _lungs(frame: _Frame, a: _Anatomy, thorax: Image) -> tuple[Image, Image]:
-    """Depth of the lungs along the beam, without and with heart and mediastinum taken out of it (rows, cols)."""
+def _lungs(frame: _Frame, a: _Anatomy, thorax: Image) -> Image:
+    """Depth of the lungs along the beam, where heart and mediastinum leave room for them (rows, cols)."""
     x, y = frame.x, frame.y
     r = np.abs(x) / np.maximum(thorax, 0.1)
-    whole = a.depth * np.clip(1 - r * r, 0, None) ** 0.42 * _step(a.diaphragm(x) - y, 0.5) * _step(y - a.apex, 0.8)
+    cavity = a.depth * np.clip(1 - r * r, 0, None) ** 0.42 * _step(a.diaphragm(x) - y, 0.5) * _step(y - a.apex, 0.8)
     hx, hy, tilt = a.heart
-    ca, sa = np.cos(tilt), np.sin(tilt)
+    ca, sa = math.cos(tilt), math.sin(tilt)
     dx, dy = x - hx, y - hy
     square = ((ca * dx + sa * dy) / a.heart_half) ** 2 + ((-sa * dx + ca * dy) / (0.74 * a.heart_half)) ** 2
     heart = 12.0 * np.sqrt(np.clip(1.06 - square, 0.0, None))
-    left = x > 0
     knob = a.knob * np.exp(-(((y + 5.6) / 1.6) ** 2)) + 0.8 * np.exp(-(((y + 1.8) / 2.2) ** 2))
     cava = 0.5 * np.exp(-(((y + 3.0) / 4.0) ** 2))
-    middle = a.mediastinum + 0.14 * np.clip(y, 0, None) + np.where(left, knob, cava)
+    middle = a.mediastinum + 0.14 * np.clip(y, 0, None) + np.where(x > 0, knob, cava)
     mediastinum = 12.0 * _step(middle - np.abs(x - 0.25 * a.bend), 1.5)
-    return whole, np.clip(whole - np.hypot(heart, mediastinum), 0.0, None)
+    return np.clip(cavity - np.hypot(heart, mediastinum), 0.0, None)
 
 
 def _hila(frame: _Frame, a: _Anatomy, air: Image) -> Image:
@@ -350,7 +353,7 @@ def _airways(frame: _Frame, a: _Anatomy) -> Image:
     return trachea + bronchi + bubble
 
 
-def _consolidation(frame: _Frame, a: _Anatomy, lung: Image, rng: np.random.Generator, contrast: float) -> Image:
+def _consolidation(frame: _Frame, a: _Anatomy, lung: Image, rng: np.random.Generator) -> Image:
     """Patches of fluid-filled lung with ill-defined edges and air bronchograms: one lobe, now and then two."""
     shape = frame.x.shape
     filled = np.zeros(shape, np.float32)
@@ -371,11 +374,11 @@ def _consolidation(frame: _Frame, a: _Anatomy, lung: Image, rng: np.random.Gener
             end = (at[0] + side * 1.6 * np.cos(angle), at[1] + 1.6 * np.sin(angle))
             _polyline(tree, frame, [at, end], rng.uniform(0.08, 0.14), 0.4)
         filled = filled * (1 - tree) * (1 + 0.07 * _field(rng, shape, 50))
-    depth = contrast * rng.uniform(6.0, 9.0)
+    depth = rng.uniform(6.0, 9.0)
     return np.clip(filled, 0, 1.1) * np.minimum(AIR_IN_LUNG * lung * 0.9, depth)
 
 
-def _effusion(frame: _Frame, a: _Anatomy, lung: Image, rng: np.random.Generator, view: str, contrast: float) -> Image:
+def _effusion(frame: _Frame, a: _Anatomy, lung: Image, rng: np.random.Generator, view: str) -> Image:
     """Pleural fluid at one base or both: a meniscus that climbs the lateral wall; hazier when supine."""
     sides = [int(rng.choice((-1, 1)))]
     if rng.random() < 0.25:
@@ -387,17 +390,15 @@ def _effusion(frame: _Frame, a: _Anatomy, lung: Image, rng: np.random.Generator,
         level = a.costophrenic(side) - height * (0.45 + 0.55 * r**3.5)
         edge = rng.uniform(1.4, 2.4) if view == "AP" else rng.uniform(0.6, 1.2)
         fluid = np.maximum(fluid, _step(frame.y - level, edge) * (side * frame.x > 0))
-    depth = contrast * rng.uniform(7.0, 11.0)
+    depth = rng.uniform(7.0, 11.0)
     return fluid * np.minimum(AIR_IN_LUNG * lung, depth)
 
 
-def _distractors(
-    frame: _Frame, a: _Anatomy, study: tuple[int, ...], imaging: Imaging, age: int, patient: tuple[int, ...]
-) -> Image:
-    """What a network might mistake for a cause: devices, markers, calcifications, folds and shadows outside the lungs."""
-    rng, body = np.random.default_rng((*study, 4)), np.random.default_rng((*patient, 4))
+def _distractors(frame: _Frame, a: _Anatomy, subject: Subject, imaging: Imaging) -> Image:
+    """Path lengths of what may mislead a network: devices, calcifications, skin folds and shadows outside the lungs."""
+    rng, body = np.random.default_rng((*subject.study, 4)), np.random.default_rng((*subject.patient, 4))
     canvas = np.zeros(frame.x.shape, np.float32)
-    if body.random() < (0.14 if age > 60 else 0.03):
+    if body.random() < (0.14 if subject.age > 60 else 0.03):
         _pacemaker(canvas, frame, a, body)
     if rng.random() < imaging.devices:
         _electrodes(canvas, frame, a, rng)
@@ -405,36 +406,29 @@ def _distractors(
         _catheter(canvas, frame, a, rng)
     if rng.random() < 0.25:
         for _ in range(rng.integers(1, 4)):
-            _dot(canvas, frame, rng.uniform(-1, 1) * a.width, rng.uniform(-8, 8), rng.uniform(0.15, 0.4), 1.2)
+            _dot(canvas, frame, (rng.uniform(-1, 1) * a.width, rng.uniform(-8, 8)), rng.uniform(0.15, 0.4), 1.2)
     if rng.random() < 0.5:
-        x = rng.choice((-1, 1)) * (a.width + rng.uniform(0.8, 3.5))
-        _dot(canvas, frame, x, rng.uniform(-6, 12), rng.uniform(0.8, 2.2), rng.uniform(1.5, 4.0))
+        beside = rng.choice((-1, 1)) * (a.width + rng.uniform(0.8, 3.5))
+        _dot(canvas, frame, (beside, rng.uniform(-6, 12)), rng.uniform(0.8, 2.2), rng.uniform(1.5, 4.0))
     if rng.random() < 0.4:
-        _dot(
-            canvas,
-            frame,
-            rng.uniform(-10, 10),
-            a.dome[0] + rng.uniform(4, 8),
-            rng.uniform(0.8, 2.2),
-            rng.uniform(1.5, 4.0),
-        )
+        below = a.dome[0] + rng.uniform(4, 8)
+        _dot(canvas, frame, (rng.uniform(-10, 10), below), rng.uniform(0.8, 2.2), rng.uniform(1.5, 4.0))
     if rng.random() < 0.2:
         x = rng.choice((-1, 1)) * a.width * rng.uniform(0.6, 1.0)
         canvas += 0.8 * _step(np.sign(x) * (frame.x - x - 0.2 * frame.y), 0.4)
     return canvas
 
 
-def _dot(canvas: Image, frame: _Frame, x: float, y: float, radius: float, amount: float) -> None:
-    at = frame.pixels(np.array([[x, y]]))[0]
+def _dot(canvas: Image, frame: _Frame, point: tuple[float, float], radius: float, amount: float) -> None:
+    at = frame.pixels(np.array([point]))[0]
     _stroke(canvas, at, at, radius / frame.pitch, amount)
 
 
 def _pacemaker(canvas: Image, frame: _Frame, a: _Anatomy, rng: np.random.Generator) -> None:
     side = rng.choice((-1, 1), p=(0.15, 0.85))
     x, y = side * a.width * rng.uniform(0.68, 0.85), rng.uniform(-8.5, -6.0)
-    box = np.maximum(np.abs(frame.x - x) / 2.1, np.abs(frame.y - y) / 1.9) + 0.25 * np.hypot(
-        (frame.x - x) / 2.1, (frame.y - y) / 1.9
-    )
+    across, down = np.abs(frame.x - x) / 2.1, np.abs(frame.y - y) / 1.9
+    box = np.maximum(across, down) + 0.25 * np.hypot(across, down)
     np.maximum(canvas, LEAD * _step(1.1 - box, 0.1), out=canvas)
     lead = [(x, y), (side * 3.5, -10.2), (-1.5, -7.0), (-2.2, 0.0), (-1.0, 5.5), (a.heart[0] + 2.0, a.heart[1] + 2.5)]
     _polyline(canvas, frame, lead, 0.13, 4.0)
@@ -443,7 +437,7 @@ def _pacemaker(canvas: Image, frame: _Frame, a: _Anatomy, rng: np.random.Generat
 def _electrodes(canvas: Image, frame: _Frame, a: _Anatomy, rng: np.random.Generator) -> None:
     for side, level in ((-1, -7.0), (1, -7.5), (1, 6.0)):
         x, y = side * a.width * rng.uniform(0.5, 0.95), level + rng.normal(0, 1.2)
-        _dot(canvas, frame, x, y, 0.45, 4.0)
+        _dot(canvas, frame, (x, y), 0.45, 4.0)
         _polyline(canvas, frame, [(x, y), (x * 0.6 + rng.normal(0, 1), y + 5), (rng.normal(0, 4), 19.0)], 0.08, 2.0)
 
 
@@ -451,9 +445,8 @@ def _catheter(canvas: Image, frame: _Frame, a: _Anatomy, rng: np.random.Generato
     if rng.random() < 0.5:
         _polyline(canvas, frame, [(-3.0, -19), (-2.6, -12), (-1.8, -7), (-2.0, rng.uniform(-1, 2))], 0.13, 2.5)
     else:
-        _polyline(
-            canvas, frame, [(0.3, -20), (0.2, -8), (0.6, 2), (1.5, a.dome[1] + 1), (4.5, a.dome[1] + 4)], 0.16, 2.2
-        )
+        gastric = [(0.3, -20), (0.2, -8), (0.6, 2), (1.5, a.dome[1] + 1), (4.5, a.dome[1] + 4)]
+        _polyline(canvas, frame, gastric, 0.16, 2.2)
 
 
 _GLYPHS = {"L": ("100", "100", "100", "100", "111"), "R": ("110", "101", "110", "101", "101")}
@@ -476,41 +469,43 @@ def _marker(thickness: Image, frame: _Frame, study: tuple[int, ...]) -> None:
     np.maximum(region, block[: region.shape[0], : region.shape[1]] + 0.5 * region, out=region)
 
 
+def _opacity(frame: _Frame, a: _Anatomy, lung: Image, subject: Subject, findings: Iterable[str]) -> Image:
+    """Fluid that takes the place of air, as a path length (rows, cols)."""
+    wanted, opacity = frozenset(findings), np.zeros(lung.shape, np.float32)
+    if "consolidation" in wanted:
+        opacity = _consolidation(frame, a, lung, np.random.default_rng((*subject.study, 8)))
+    if "effusion" in wanted:
+        fluid = _effusion(frame, a, lung, np.random.default_rng((*subject.study, 9)), subject.view)
+        opacity = np.maximum(opacity, fluid)
+    return opacity
+
+
+def _texture(shape: tuple[int, int], study: tuple[int, ...]) -> Image:
+    """Uneven aeration around 1."""
+    coarse, fine = np.random.default_rng((*study, 6)), np.random.default_rng((*study, 7))
+    return 1 + 0.05 * _field(coarse, shape, 9) + 0.035 * _field(fine, shape, 30)
+
+
 def project(
-    shape: tuple[int, int],
-    field: tuple[float, float],
-    subject: Subject,
-    findings: Iterable[str],
-    imaging: Imaging,
-    contrast: float = 1.0,
+    shape: tuple[int, int], field: tuple[float, float], subject: Subject, findings: Iterable[str], imaging: Imaging
 ) -> Image:
-    """Water-equivalent path lengths in cm of a chest with `findings` on `shape` (rows, cols) pixels of a `field` (height, width) in cm."""
+    """Path lengths through a chest, as centimetres of water.
+
+    Args:
+        shape: rows and columns of the result.
+        field: height and width in cm of what it shows.
+        findings: of `FINDINGS`; none for a normal chest.
+    """
     a, frame = _draw_anatomy(subject), _frame(shape, field, subject.study)
     thorax = a.thorax(frame.y)
-    whole, lung = _lungs(frame, a, thorax)
-    texture = (
-        1
-        + 0.05 * _field(np.random.default_rng((*subject.study, 6)), shape, 9)
-        + 0.035 * _field(np.random.default_rng((*subject.study, 7)), shape, 30)
-    )
-    air = AIR_IN_LUNG * lung * texture
+    lung = _lungs(frame, a, thorax)
     vessels = np.minimum(_vessels(frame, a, subject.patient), 0.8 * lung) + _hila(frame, a, lung)
-    opacity = np.zeros(shape, np.float32)
-    wanted = frozenset(findings)
-    if "consolidation" in wanted:
-        opacity = _consolidation(frame, a, lung, np.random.default_rng((*subject.study, 8)), contrast)
-    if "effusion" in wanted:
-        rng = np.random.default_rng((*subject.study, 9))
-        opacity = np.maximum(opacity, _effusion(frame, a, lung, rng, subject.view, contrast))
-    aerated = np.clip(air - vessels - opacity, 0.0, None)
+    filled = vessels + _opacity(frame, a, lung, subject, findings)
+    air = np.clip(AIR_IN_LUNG * lung * _texture(shape, subject.study) - filled, 0.0, None)
     body = _body(frame, a)
     covered = _step(body - 2.0, 4.0)
-    thickness = (
-        body - aerated * covered - np.minimum(_airways(frame, a), 0.5 * body) + _bones(frame, a, thorax) * covered
-    )
-    thickness = np.clip(thickness, 0.0, None) + _distractors(
-        frame, a, subject.study, imaging, subject.age, subject.patient
-    )
+    thickness = body - np.minimum(_airways(frame, a), 0.5 * body) + covered * (_bones(frame, a, thorax) - air)
+    thickness = np.clip(thickness, 0.0, None) + _distractors(frame, a, subject, imaging)
     _marker(thickness, frame, subject.study)
     return thickness.astype(np.float32)
 
@@ -574,8 +569,7 @@ def radiograph(
     subject: Subject,
     findings: Iterable[str],
     imaging: Imaging | None = None,
-    contrast: float = 1.0,
 ) -> Image:
     """A chest radiograph of `subject` with `findings`: float32 (rows, cols) in [0, 1], 0 black and 1 white."""
     imaging = imaging or Imaging()
-    return expose(project(shape, field, subject, findings, imaging, contrast), field, imaging, subject.study)
+    return expose(project(shape, field, subject, findings, imaging), field, imaging, subject.study)

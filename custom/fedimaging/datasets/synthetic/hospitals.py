@@ -1,0 +1,150 @@
+"""Synthetic hospitals: what is typical of each, and what a plan for one holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
+
+from fedimaging.datasets.manifest import Manifest
+from fedimaging.datasets.synthetic.phantom import Imaging
+from fedimaging.errors import FedImagingError
+
+MOST_SITES = 26
+
+
+@dataclass(frozen=True)
+class Hospital:
+    """What is typical of one hospital.
+
+    Args:
+        name: the site, a folder below the data root.
+        shape: rows and columns at a longer side of 256; scaled to the size asked for.
+        height: of the field of view, in cm.
+        bits: stored per pixel, 8 to 16.
+        voi: how stored values become grey: "window", "sigmoid" or "lut".
+        bedside: share of AP views, taken at the bed.
+        prevalence: shares of consolidation, effusion and, in multi-label data, both; the rest is normal.
+        exposure: typical tube current times time, in mAs.
+    """
+
+    name: str
+    vendor: str
+    model: str
+    detector: str = "DIRECT"
+    shape: tuple[int, int] = (256, 216)
+    height: float = 42.0
+    bits: int = 12
+    photometric: str = "MONOCHROME2"
+    voi: str = "window"
+    transfer_syntax: str = ExplicitVRLittleEndian
+    bedside: float = 0.1
+    prevalence: tuple[float, float, float] = (0.26, 0.24, 0.08)
+    kvp: int = 120
+    exposure: float = 2.0
+    imaging: Imaging = field(default_factory=Imaging)
+
+    def matrix(self, longer: int) -> tuple[int, int]:
+        """Rows and columns with `longer` pixels on the longer side."""
+        rows, cols = (max(16, round(side * longer / max(self.shape))) for side in self.shape)
+        return rows, cols
+
+
+_PRESETS = (
+    Hospital(name="hospital-a", vendor="Vendor A", model="A-DR 1"),
+    Hospital(
+        name="hospital-b",
+        vendor="Vendor B",
+        model="B-CR 2",
+        detector="STORAGE",
+        shape=(256, 256),
+        height=40.0,
+        bits=10,
+        photometric="MONOCHROME1",
+        voi="lut",
+        transfer_syntax=JPEG2000Lossless,
+        bedside=0.3,
+        prevalence=(0.32, 0.28, 0.1),
+        kvp=110,
+        exposure=3.2,
+        imaging=Imaging(
+            exposure=0.45, scatter=0.28, blur=0.13, local_contrast=0.15, gamma=1.12, collimated=0.6, devices=0.25
+        ),
+    ),
+    Hospital(
+        name="hospital-c",
+        vendor="Vendor C",
+        model="C-Mobile 3",
+        detector="SCINTILLATOR",
+        shape=(208, 256),
+        height=35.0,
+        bits=14,
+        voi="sigmoid",
+        transfer_syntax=RLELossless,
+        bedside=0.75,
+        prevalence=(0.22, 0.26, 0.1),
+        kvp=95,
+        exposure=2.4,
+        imaging=Imaging(
+            exposure=0.25, scatter=0.35, blur=0.1, local_contrast=0.45, gamma=0.9, collimated=0.3, devices=0.45
+        ),
+    ),
+)
+
+
+def typical_hospitals(count: int) -> list[Hospital]:
+    """hospital-a, hospital-b, ...: three kinds of department, and from the fourth on variants of them."""
+    if not 1 <= count <= MOST_SITES:
+        raise FedImagingError(f"sites {count}: give a number from 1 to {MOST_SITES}")
+    return [_variant(index) for index in range(count)]
+
+
+def _variant(index: int) -> Hospital:
+    preset = _PRESETS[index % len(_PRESETS)]
+    if index < len(_PRESETS):
+        return preset
+    rng, letter = np.random.default_rng((index, 77)), chr(ord("a") + index)
+    imaging = replace(
+        preset.imaging,
+        exposure=float(preset.imaging.exposure * rng.uniform(0.6, 1.5)),
+        gamma=float(preset.imaging.gamma * rng.uniform(0.92, 1.08)),
+    )
+    consolidation, effusion, both = (float(share * rng.uniform(0.8, 1.2)) for share in preset.prevalence)
+    return replace(
+        preset,
+        name=f"hospital-{letter}",
+        vendor=f"Vendor {letter.upper()}",
+        model=f"{letter.upper()}{preset.model[1:]}",
+        bedside=float(np.clip(preset.bedside * rng.uniform(0.6, 1.4), 0.05, 0.95)),
+        prevalence=(consolidation, effusion, both),
+        imaging=imaging,
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `data synth` was asked for, the same for all hospitals."""
+
+    dataset: str
+    longer: int
+    multi_label: bool
+    seed: int
+
+
+class Item(Protocol):
+    """Something that writes one case's files below the manifest's folder; picklable."""
+
+    def write(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that will be made for one hospital; cheap, and the same for the same arguments."""
+
+    hospital: Hospital
+    manifest: Manifest
+    items: Sequence[Item]
