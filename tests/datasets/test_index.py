@@ -83,6 +83,10 @@ def images_of(manifest):
     return {case.image: case for split in SPLITS for case in manifest.split(split)}
 
 
+def no_links(source, target):
+    raise OSError(18, "Invalid cross-device link")
+
+
 def refused(options, reason, text):
     with pytest.raises(FedImagingError) as caught:
         build_index(options)
@@ -304,9 +308,6 @@ def test_images_elsewhere_need_copy(folder, tmp_path):
 
 
 def test_copy_works_where_links_do_not(folder, tmp_path, monkeypatch):
-    def no_links(source, target):
-        raise OSError(1, "Operation not permitted")
-
     monkeypatch.setattr(os, "link", no_links)
     out = tmp_path / "root" / "manifest.json"
     build_index(Options(folder, out=out, copy=True)).manifest.check_files(out.parent)
@@ -315,9 +316,6 @@ def test_copy_works_where_links_do_not(folder, tmp_path, monkeypatch):
 
 def test_failed_copy_leaves_nothing(folder, tmp_path, monkeypatch):
     copied = []
-
-    def no_links(source, target):
-        raise OSError(18, "Invalid cross-device link")
 
     def full(source, target):
         copied.append(target)
@@ -505,7 +503,8 @@ def test_command_refuses_wrong_options(folder, arguments, text):
 
 
 @pytest.mark.parametrize("hospital", ["nih", "spain"])
-def test_real_hospital(shared_data, tmp_path, hospital):
+def test_real_hospital(shared_data, tmp_path, monkeypatch, hospital):
+    monkeypatch.setattr(os, "link", no_links)  # so that nothing can change the shared files
     source = shared_data / "chest_xray" / hospital
     out = tmp_path / hospital / "chest_xray" / "manifest.json"
     rename = {"COVID-19": "pneumonia"}

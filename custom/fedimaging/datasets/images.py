@@ -28,6 +28,7 @@ _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's grey
 _DICOM_SUFFIXES = ("", ".dcm", ".dicom", ".ima")
+_RUST_PANIC = "PanicException"  # of pylibjpeg-rle; no Exception, and its class can't be imported
 _AGE_STEP = 20
 _OLDEST = 80
 
@@ -161,7 +162,9 @@ def _read_dicom(path: Path) -> Floats:
         return _grey(stored, data, photometric)
     except (_UnreadableError, OSError, MemoryError):
         raise
-    except Exception as error:  # damaged files make pydicom and its decoders raise anything
+    except BaseException as error:  # damaged files make pydicom and its decoders raise anything
+        if not isinstance(error, Exception) and type(error).__name__ != _RUST_PANIC:
+            raise
         raise _UnreadableError(f"damaged or unsupported DICOM file ({_reason(error)}); send it again") from None
 
 
@@ -330,7 +333,7 @@ def _with_channels(image: Floats, channels: int) -> Floats:
     return np.ascontiguousarray(image.transpose(2, 0, 1))
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """One line of at most 200 characters."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:200].rstrip(".") or type(error).__name__
