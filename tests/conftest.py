@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# A busy machine is no failure.
+hypothesis.settings.register_profile("fedimaging", deadline=None)
+hypothesis.settings.load_profile("fedimaging")
 
 
 @pytest.fixture(scope="session")

@@ -256,7 +256,7 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(cases, min_size=1, max_size=30, unique_by=lambda case: case.image), st.integers(0, 3))
 def test_any_manifest_survives_the_file(tmp_path_factory, listed, seed):
     splits = assign_splits([case.patient for case in listed], seed=seed)

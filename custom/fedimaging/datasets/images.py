@@ -160,9 +160,11 @@ def _read_dicom(path: Path) -> Floats:
         if photometric in _COLOUR:
             return np.asarray(stored, dtype=np.float32) / np.float32(2 ** int(data.BitsStored) - 1)
         return _grey(stored, data, photometric)
-    except (_UnreadableError, OSError, MemoryError):
+    except (_UnreadableError, MemoryError):
         raise
     except BaseException as error:  # damaged files make pydicom and its decoders raise anything
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         if not isinstance(error, Exception) and type(error).__name__ != _RUST_PANIC:
             raise
         raise _UnreadableError(f"damaged or unsupported DICOM file ({_reason(error)}); send it again") from None

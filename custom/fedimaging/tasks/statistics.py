@@ -85,7 +85,10 @@ def youden_threshold(scores: FloatArray, positive: BoolArray) -> float:
 
 
 def calibration(confidence: FloatArray, correct: BoolArray, bins: int = 10) -> dict[str, object]:
-    """Reliability diagram and expected calibration error (Guo et al. 2017); bins of fewer than ``MIN_CELL`` withheld."""
+    """Reliability diagram and expected calibration error (Guo et al. 2017).
+
+    Bins of fewer than ``MIN_CELL`` cases are withheld, and with one of them every bin's count, which would give it away.
+    """
     index = np.minimum((confidence * bins).astype(int), bins - 1)
     rows: list[dict[str, float | int | None]] = []
     error = 0.0
@@ -99,9 +102,11 @@ def calibration(confidence: FloatArray, correct: BoolArray, bins: int = 10) -> d
             {
                 "confidence": round(float(confidence[inside].mean()), 4) if shown else None,
                 "accuracy": round(float(correct[inside].mean()), 4) if shown else None,
-                "cases": withhold(cases),
+                "cases": cases,
             }
         )
+    if any(withhold(int(row["cases"] or 0)) is None for row in rows):
+        rows = [{**row, "cases": None} for row in rows]
     return {"ece": round(error, 4), "bins": rows}
 
 

@@ -1,0 +1,50 @@
+# Two commands matter: `make demo` and `make test`. Both make .venv first, and only when requirements changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA := data/demo
+RUN := runs/chest_xray_fedavg
+
+.PHONY: help install demo test check format clean
+
+help:
+	@echo 'make demo    three synthetic hospitals train one chest X-ray model; ends in a report'
+	@echo 'make test    the whole test suite'
+	@echo 'make check   lint, format and types'
+	@echo 'make format  format the code'
+	@echo 'make clean   delete .venv, data/demo and runs/'
+
+install: $(VENV)/installed
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'error: Python 3.11 or newer is needed; name one with make PYTHON=python3.11' >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: requirements.txt pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt --editable .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python -m fedimaging data synth --out $(DATA)
+	$(BIN)/python -m fedimaging simulate jobs/chest_xray_fedavg --data $(DATA) --workspace $(RUN)
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) $(DATA) runs

@@ -1,0 +1,258 @@
+"""Real FLARE simulations of the committed job on small synthetic hospitals."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from pydicom import dcmread
+
+from fedimaging.datasets.manifest import SPLITS, Manifest
+from fedimaging.datasets.synthetic import synthesize
+
+pytestmark = pytest.mark.federation
+
+REPOSITORY = Path(__file__).parents[2]
+JOB = REPOSITORY / "jobs" / "chest_xray_fedavg"
+SITES = ["hospital-a", "hospital-b", "hospital-c"]
+NEAR_ZERO = ["--set", "rounds=1", "--set", "training.max_batches=1", "--set", "task.image_size=32"]
+
+
+def fedimaging(*arguments, cwd=REPOSITORY, **named):
+    environment = {**os.environ, "COLUMNS": "250"}
+    environment.pop("FEDIMAGING_DATA", None)
+    return subprocess.run(
+        [sys.executable, "-m", "fedimaging", *map(str, arguments)],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False, **named,
+    )  # fmt: skip
+
+
+def records(workspace):
+    return [json.loads(line) for line in (workspace / "server/simulate_job/rounds.jsonl").read_text().splitlines()]
+
+
+def federation_processes():
+    return [p for p in psutil.process_iter(["cmdline"]) if "nvflare" in " ".join(p.info["cmdline"] or [])]
+
+
+@pytest.fixture(scope="module")
+def hospitals(tmp_path_factory):
+    """Three small synthetic hospitals of different size."""
+    root = tmp_path_factory.mktemp("data")
+    synthesize(root, hospitals=3, cases=(220, 180, 140), longer=96, seed=3)
+    return root
+
+
+@pytest.fixture
+def without_one(hospitals, tmp_path):
+    """The same hospitals; the images of hospital-c are broken."""
+    root = tmp_path / "broken"
+    shutil.copytree(hospitals, root, copy_function=os.link)
+    folder = root / "hospital-c" / "chest_xray"
+    for case in Manifest.read(folder / "manifest.json").training[:20]:
+        (folder / case.image).unlink()
+        (folder / case.image).write_bytes(b"not an image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def plain_run(hospitals, tmp_path_factory):
+    """The committed job folder, run as the README of jobs/ says, by FLARE's own command."""
+    workspace = tmp_path_factory.mktemp("runs") / "sim"
+    made = fedimaging("workspace", workspace, "--data", hospitals)
+    assert made.returncode == 0, made.stderr
+    command = made.stdout.split()
+    assert command[:2] == ["nvflare", "simulator"]
+    before = {path: path.read_bytes() for path in JOB.rglob("*.json")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("FEDIMAGING_DATA", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "nvflare.cli", *command[1:]],
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert {path: path.read_bytes() for path in JOB.rglob("*.json")} == before
+    return workspace, done.stdout + done.stderr
+
+
+def test_the_global_model_beats_chance_clearly(plain_run):
+    workspace, log = plain_run
+    results = json.loads((workspace / "server/simulate_job/cross_site_val/cross_val_results.json").read_text())
+    assert set(results) == set(SITES), log[-3000:]
+    values = [results[site]["SRV_best"]["auroc"] for site in SITES]
+    defined = [value for value in values if value is not None]
+    assert len(defined) >= 2
+    assert sum(defined) / len(defined) > 0.7
+
+
+def test_all_sites_take_part_in_all_rounds_and_the_best_model_is_picked(plain_run):
+    start, *rounds, final, end = records(plain_run[0])
+    assert [record["round"] for record in rounds] == list(range(start["rounds"]))
+    assert all(set(record["sites"]) == set(SITES) and not record["refused"] for record in rounds)
+    judged = [record["key_metric"] for record in rounds] + [final["key_metric"]]
+    defined = {i: value for i, value in enumerate(judged) if value is not None}
+    assert end["best_round"] == max(defined, key=lambda i: (defined[i], -i))
+    losses = [sum(figures["loss"] for figures in record["sites"].values()) for record in rounds]
+    assert losses[-1] < losses[0]
+
+
+def test_the_models_are_the_job_s_network_in_float32_without_counters(plain_run):
+    folder = plain_run[0] / "server/simulate_job/app_server"
+    for name in ("FL_global_model.pt", "best_FL_global_model.pt"):
+        state = torch.load(folder / name, weights_only=True)["model"]
+        assert {value.dtype for value in state.values()} == {torch.float32}
+        assert any("running_var" in key for key in state)
+        assert not any("num_batches_tracked" in key for key in state)
+
+
+def test_scalars_go_to_tensorboard(plain_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(plain_run[0] / "server/simulate_job/tb_events"))
+    events.Reload()
+    assert {"global/auroc", "hospital-a/train_loss"} <= set(events.Tags()["scalars"])
+
+
+def test_nothing_that_names_a_case_is_in_the_server_s_workspace(plain_run, hospitals):
+    secrets = set()
+    for site in SITES:
+        folder = hospitals / site / "chest_xray"
+        manifest = Manifest.read(folder / "manifest.json")
+        for split in SPLITS:
+            for case in manifest.split(split):
+                secrets |= {case.image, Path(case.image).name, case.patient}
+        header = dcmread(folder / manifest.test[0].image, stop_before_pixels=True)
+        secrets |= {header.SOPInstanceUID, header.StudyInstanceUID, header.PatientName.family_name, str(folder)}
+    pattern = re.compile("|".join(re.escape(str(text)) for text in sorted(secrets)).encode())
+    files = [path for path in (plain_run[0] / "server").rglob("*") if path.is_file()]
+    assert any(path.name == "rounds.jsonl" for path in files)
+    assert any("log" in path.name for path in files)
+    for path in files:
+        found = pattern.search(path.read_bytes())
+        assert found is None, f"{path} holds {found.group()!r}"
+
+
+def test_the_site_keeps_its_cases_to_itself(plain_run):
+    report = plain_run[0] / "hospital-a/simulate_job/site_report.json"
+    assert oct(report.stat().st_mode & 0o777) == "0o600"
+    cases = json.loads(report.read_text())["models"]["SRV_best"]["cases"]
+    assert len(cases) > 10
+    assert set(cases[0]["scores"]) == {"normal", "consolidation", "effusion"}
+
+
+def test_the_report_of_a_run_is_written(plain_run):
+    done = fedimaging("report", plain_run[0])
+    assert done.returncode == 0, done.stderr
+    page = (plain_run[0] / "report.html").read_text()
+    assert all(site in page for site in SITES)
+    assert "chest_xray_fedavg" in page
+
+
+def test_without_the_workspace_the_classes_are_not_authorized(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "nvflare.cli", "simulator", str(JOB), "-w", str(tmp_path / "w"), "-n", "2", "-t", "2"],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert "not authorized" in done.stdout + done.stderr
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_site_that_refuses_is_told_by_code_and_the_job_goes_on_with_the_others(without_one, tmp_path):
+    done = fedimaging("simulate", JOB, "--data", without_one, "--workspace", tmp_path / "w", *NEAR_ZERO)
+    assert done.returncode == 1
+    assert "site hospital-c refused (unreadable_images)" in done.stderr
+    _, first, *_, end = records(tmp_path / "w")
+    assert set(first["sites"]) == {"hospital-a", "hospital-b"}
+    assert first["refused"] == {"hospital-c": "unreadable_images"}
+    assert end["event"] == "end"
+    server = (tmp_path / "w/server").rglob("*")
+    assert not any(b".dcm" in path.read_bytes() for path in server if path.is_file())
+
+
+def test_a_refusal_ends_a_job_that_needs_every_site(without_one, tmp_path):
+    workspace = tmp_path / "w"
+    done = fedimaging("simulate", JOB, "--data", without_one, "--workspace", workspace, *NEAR_ZERO, "--set", "min_clients=3")
+    assert done.returncode == 1
+    assert "site hospital-c refused (unreadable_images)" in done.stderr
+    assert "the job ended after 0 of 1 rounds" in done.stderr
+    assert "the full log is" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [record["event"] for record in records(workspace)] == ["start"]
+
+
+def test_a_federation_starts_from_an_earlier_model_that_the_operator_names(plain_run, hospitals, tmp_path):
+    earlier = plain_run[0] / "server/simulate_job/app_server/best_FL_global_model.pt"
+    changes = ["--set", "rounds=1", "--set", "training.max_batches=1", "--set", "min_clients=1", "--sites", "hospital-a"]
+    done = fedimaging(
+        "simulate", JOB, "--data", hospitals, "--workspace", tmp_path / "w", *changes, "--start-from", earlier
+    )
+    assert done.returncode == 0, done.stderr
+    start, first, *_ = records(tmp_path / "w")
+    assert start["start_from"] == "best_FL_global_model.pt"
+    _, *rounds, final, _ = records(plain_run[0])
+    values = [record["sites"]["hospital-a"]["metrics"].get("auroc") for record in rounds]
+    values.append(final["metrics"]["hospital-a"].get("auroc"))
+    best = records(plain_run[0])[-1]["best_round"]
+    assert first["sites"]["hospital-a"]["metrics"]["auroc"] == pytest.approx(values[best], abs=1e-6)
+
+
+def test_ctrl_c_ends_every_process(hospitals, tmp_path):
+    before = {process.pid for process in federation_processes()}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedimaging", "simulate", str(JOB), "--data", str(hospitals)],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    progress = tmp_path / "runs/chest_xray_fedavg/hospital-a/simulate_job/progress.jsonl"
+    deadline = time.monotonic() + 120
+    while not progress.exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert progress.exists()
+    assert {p.pid for p in federation_processes()} - before
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert {p.pid for p in federation_processes()} - before == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "training.epoch=2"], "training.epoch: unknown setting"),
+        (["--set", "training.learning_rate=-1"], "training.learning_rate"),
+        (["--sites", "hospital-x"], "no site hospital-x"),
+        (["--sites", "hospital-a"], "1 sites, and the job needs 2"),
+        (["--set", "dataset=mammography"], "mammography"),
+        (["--set", "task.classes=normal,pneumonia"], "'consolidation' is not one of the job's"),
+        (["--start-from", "no-such.pt"], "no such model file"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_starts(hospitals, tmp_path, arguments, words):
+    done = fedimaging("simulate", JOB, "--data", hospitals, "--workspace", tmp_path / "w", *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+    assert not (tmp_path / "w/server").exists()
+
+
+def test_a_folder_that_a_run_would_delete_is_refused(hospitals, tmp_path):
+    (tmp_path / "thesis.txt").write_text("three years of work")
+    for command in (["workspace", tmp_path], ["simulate", JOB, "--workspace", tmp_path]):
+        done = fedimaging(*command, "--data", hospitals)
+        assert done.returncode == 2
+        assert "not empty" in done.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "three years of work"
+
+
+def test_no_data_is_one_line_that_says_what_to_do(tmp_path):
+    done = fedimaging("simulate", JOB, "--data", tmp_path / "nowhere")
+    assert done.returncode == 2
+    assert "data synth" in done.stderr
+    assert done.stderr.strip().count("\n") == 0
