@@ -8,6 +8,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pydicom
 import pytest
 import torch
 from numpy.typing import NDArray
-from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
+from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -30,16 +31,16 @@ from fedimaging.datasets.synthetic.phantom import Imaging, Subject, project, rad
 from fedimaging.datasets.synthetic.radiographs import Radiograph, plan_chest
 from fedimaging.errors import FedImagingError, Reason
 
-TYPE_1 = (
-    "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID Modality PresentationIntentType ImageType "
-    "PixelIntensityRelationship PixelIntensityRelationshipSign RescaleIntercept RescaleSlope RescaleType "
-    "PresentationLUTShape LossyImageCompression BurnedInAnnotation PatientOrientation ImageLaterality "
-    "ImagerPixelSpacing AnatomicRegionSequence InstanceNumber Rows Columns BitsStored PixelData"
-).split()
-TYPE_2 = (
-    "PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime ReferringPhysicianName StudyID "
-    "AccessionNumber SeriesNumber Manufacturer DetectorType AcquisitionContextSequence KVP PositionerType"
-).split()
+TYPE_1 = """
+    SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID Modality PresentationIntentType ImageType
+    PixelIntensityRelationship PixelIntensityRelationshipSign RescaleIntercept RescaleSlope RescaleType
+    PresentationLUTShape LossyImageCompression BurnedInAnnotation PatientOrientation ImageLaterality
+    ImagerPixelSpacing AnatomicRegionSequence InstanceNumber Rows Columns BitsStored PixelData
+"""
+TYPE_2 = """
+    PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime ReferringPhysicianName StudyID
+    AccessionNumber SeriesNumber Manufacturer DetectorType AcquisitionContextSequence KVP PositionerType
+"""
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +97,9 @@ def test_manifests_hold_every_image_by_patient_and_class(root: Path) -> None:
 
 def test_dicom_has_what_the_dx_iod_requires(files: dict[str, list[pydicom.Dataset]]) -> None:
     for dataset in (dataset for datasets in files.values() for dataset in datasets):
-        assert [name for name in TYPE_1 if name not in dataset or dataset[name].is_empty] == []
-        assert [name for name in TYPE_2 if name not in dataset] == []
-        assert dataset.SOPClassUID == "1.2.840.10008.5.1.4.1.1.1.1.1"
+        assert [name for name in TYPE_1.split() if name not in dataset or dataset[name].is_empty] == []
+        assert [name for name in TYPE_2.split() if name not in dataset] == []
+        assert dataset.SOPClassUID == DigitalXRayImageStorageForPresentation
         assert dataset.file_meta.MediaStorageSOPInstanceUID == dataset.SOPInstanceUID
         assert (dataset.RescaleIntercept, dataset.RescaleSlope, dataset.RescaleType) == (0, 1, "US")
         inverse = dataset.PhotometricInterpretation == "MONOCHROME1"
@@ -212,7 +213,7 @@ def test_the_same_seed_makes_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_multi_label_has_none_one_and_both(tmp_path: Path) -> None:
-    [path] = synthesize(tmp_path, hospitals=1, cases=60, longer=32, multi_label=True)
+    [path] = synthesize(tmp_path, hospitals=1, cases=40, longer=32, multi_label=True)
     manifest = Manifest.read(path)
     labels = {case.label for split in SPLITS for case in manifest.split(split)}
     assert manifest.multi_label and manifest.classes == ["consolidation", "effusion"]
@@ -236,9 +237,9 @@ def _auroc(features: NDArray[np.floating], truth: NDArray[np.bool_]) -> float:
 
 @pytest.fixture(scope="module")
 def pictures() -> list[tuple[NDArray[np.float32], NDArray[np.bool_], list[Radiograph]]]:
-    """Per hospital 200 images in a 64 px square, and whether there is a finding."""
+    """Per hospital 150 images in a 64 px square, and whether there is a finding."""
     hospitals = []
-    for items in _planned(200):
+    for items in _planned(150):
         square = np.zeros((len(items), 64, 64), np.float32)
         for at, item in enumerate(items):
             image = item.image()
@@ -261,10 +262,10 @@ def test_grey_levels_do_not_give_the_finding_away(
 
 
 @pytest.mark.parametrize("site", [0, 1, 2])
-def test_tags_do_not_give_the_finding_away(site: int, tmp_path: Path) -> None:
-    items = [replace(item, request=replace(item.request, longer=32)) for item in _planned(200)[site]]
-    tags = []
-    for item in items:
+def test_tags_do_not_give_the_finding_away(site: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Radiograph, "image", lambda study: np.zeros((32, 32), np.float32))
+    tags, truth = [], []
+    for item in _planned(200)[site]:
         item.write(tmp_path)
         dataset = pydicom.dcmread(tmp_path / item.path)
         voi = [dataset.get("WindowCenter", 0), dataset.get("WindowWidth", 0)]
@@ -272,11 +273,12 @@ def test_tags_do_not_give_the_finding_away(site: int, tmp_path: Path) -> None:
         texts = [dataset.PatientSex == "F", dataset.ViewPosition == "AP", dataset.Grid == "NONE"]
         dates = [int(dataset.StudyDate), int(dataset.StudyTime)]
         tags.append([float(value) for value in (*numbers, *texts, *dates)])
-    assert _auroc(np.array(tags), np.array([bool(item.findings) for item in items])) < 0.65
+        truth.append(bool(item.findings))
+    assert _auroc(np.array(tags), np.array(truth)) < 0.65
 
 
 def _layers(channels: tuple[int, ...]) -> Iterator[torch.nn.Module]:
-    for before, after in zip(channels, channels[1:], strict=False):
+    for before, after in pairwise(channels):
         yield torch.nn.Conv2d(before, after, 3, padding=1, bias=False)
         yield torch.nn.BatchNorm2d(after)
         yield torch.nn.ReLU()
@@ -333,7 +335,7 @@ def test_a_missing_image_is_made_again_when_forced(tmp_path: Path) -> None:
 def test_other_arguments_need_force_and_then_replace_all(tmp_path: Path) -> None:
     synthesize(tmp_path, hospitals=2, cases=12, longer=32)
     before = _hashes(tmp_path)
-    with pytest.raises(FedImagingError, match="other arguments .*hospital-a, hospital-b.*--force"):
+    with pytest.raises(FedImagingError, match=r"other arguments .*hospital-a, hospital-b.*--force"):
         synthesize(tmp_path, hospitals=1, cases=12, longer=32, seed=1)
     assert _hashes(tmp_path) == before
     [path] = synthesize(tmp_path, hospitals=1, cases=12, longer=32, seed=1, force=True)

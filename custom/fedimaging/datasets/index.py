@@ -161,7 +161,7 @@ def build_index(options: Options) -> IndexResult:
         manifest = Manifest.parse(header | _entries(cases, source.multi_label, options, previous), out)
         for case in cases:
             if case.path != out.parent / case.name:
-                _link_or_copy(case.path, out.parent / case.name, created)
+                _copy(case.path, out.parent / case.name, created)
         manifest.check_files(out.parent, out)
         manifest.write(out)
     kept = len({case.patient for case in cases} & previous.keys())
@@ -557,8 +557,8 @@ def _removed_on_error(folder: Path) -> Iterator[list[Path]]:
         raise
 
 
-def _link_or_copy(source: Path, target: Path, created: list[Path]) -> None:
-    """A hard link where the file system allows it, else a copy; a target of the same content is left as it is."""
+def _copy(source: Path, target: Path, created: list[Path]) -> None:
+    """Copies a file; a target of the same content is left as it is."""
     if target.exists():
         if filecmp.cmp(source, target, shallow=False):
             return
@@ -567,10 +567,7 @@ def _link_or_copy(source: Path, target: Path, created: list[Path]) -> None:
         parent.mkdir()
         created.append(parent)
     created.append(target)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+    shutil.copyfile(source, target)
 
 
 def _in_threads(what: str, function: Callable[[_T], _R], items: list[_T]) -> list[_R]:
@@ -627,7 +624,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     add("--labels", type=Path, metavar="CSV", help=f"labels; default {LABELS_FILE} in the folder, if it exists")
     add("--match", metavar="KEYWORD", help="the image column holds this DICOM element, such as SOPInstanceUID")
     add("--out", type=Path, help=f"default {MANIFEST_FILE} in the folder; images must lie below the manifest's folder")
-    add("--copy", action="store_true", help="hard-link or copy the images below the manifest's folder")
+    add("--copy", action="store_true", help="copy the images below the manifest's folder")
     add("--name", help="the dataset's name; default the name of the manifest's folder")
     add("--modality", help="default what the DICOM files say, else DX")
     for what, default in (("image", "file"), ("label", "label"), ("patient", "patient_id")):

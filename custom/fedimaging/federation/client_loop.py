@@ -9,7 +9,6 @@ import nvflare.client as flare
 import torch
 from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
-from nvflare.app_common.app_constant import AppConstants
 
 from fedimaging.federation.protocol import REPORT, VALIDATE_LAST
 from fedimaging.federation.session import AbortedError, Session
@@ -47,8 +46,7 @@ def answer(session: Session, model: FLModel) -> FLModel:
     if flare.is_evaluate():
         if model.meta.get(VALIDATE_LAST):
             return FLModel(metrics=session.validation_metrics(state) or {"cases": 0})
-        owner = str(model.meta.get(AppConstants.MODEL_OWNER, "model"))
-        return FLModel(metrics=session.evaluation(state, owner))
+        return FLModel(metrics=session.evaluation(state))
     result, metrics = session.train(state, model.current_round or 0, model.total_rounds or 1)
     return FLModel(
         params=to_parameters(exchanged(result.state)),

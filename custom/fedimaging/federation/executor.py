@@ -11,6 +11,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_def import JobMetaKey
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
+from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor, ExecutionMode
 from nvflare.client.config import ExchangeFormat
 
@@ -57,6 +58,7 @@ class TrainerExecutor(ClientAPIExecutor):
         if session is None:
             return make_reply(ReturnCode.EXECUTION_EXCEPTION, {REASON_HEADER: Reason.INTERNAL.value})
         session.aborted, session.refusal = lambda: bool(abort_signal.triggered), None
+        session.model_owner = str(shareable.get_header(AppConstants.MODEL_OWNER, ""))
         reply = super().execute(task_name, shareable, fl_ctx, abort_signal)
         if session.refusal is not None:
             return make_reply(ReturnCode.EXECUTION_EXCEPTION, {REASON_HEADER: session.refusal.value})

@@ -40,6 +40,8 @@ class Session:
         self._reported = 0.0
         self.aborted: Callable[[], bool] = lambda: False
         self.refusal: Reason | None = None
+        self.model_owner = ""
+        """name of the model that is to be evaluated"""
 
     @property
     def site(self) -> Site:
@@ -65,11 +67,11 @@ class Session:
     def validation_metrics(self, state: dict[str, torch.Tensor]) -> dict[str, float]:
         return self.site.metrics(state)
 
-    def evaluation(self, state: dict[str, torch.Tensor], model: str) -> dict[str, Any]:
+    def evaluation(self, state: dict[str, torch.Tensor]) -> dict[str, Any]:
         """What leaves of a model's evaluation; the per-case results stay in the site's own report."""
         figures = self.site.evaluation(state)
-        self._keep_case_results(model, figures, state)
-        self.report({"stage": "evaluated", "model": model}, always=True)
+        self._keep_case_results(self.model_owner, figures, state)
+        self.report({"stage": "evaluated", "model": self.model_owner}, always=True)
         return figures
 
     def last_state(self) -> dict[str, torch.Tensor]:

@@ -216,6 +216,8 @@ def _stroke(canvas: Image, start: NDArray[np.float64], end: NDArray[np.float64],
     """Add a round-ended line with a Gaussian profile; `start`, `end` as (column, row) and `radius` in pixels."""
     soft = max(radius, 0.45)
     amount *= min(1.0, radius / soft)
+    if amount < 0.05:
+        return
     reach = 2.2 * soft + 1
     low = np.maximum(np.floor(np.minimum(start, end) - reach), 0).astype(int)
     high = np.minimum(np.ceil(np.maximum(start, end) + reach) + 1, canvas.shape[::-1]).astype(int)
@@ -543,11 +545,12 @@ def expose(thickness: Image, field: tuple[float, float], imaging: Imaging, study
 def _display(density: Image, imaging: Imaging, rng: np.random.Generator) -> Image:
     """Automatic ranging: fixed quantiles of the body go to drawn grey levels, as the modality's own software does."""
     rows, cols = density.shape
-    middle = density[rows // 10 : -rows // 10, cols // 10 : -cols // 10]
-    marks = np.quantile(middle[::2, ::2], (0.04, 0.25, 0.5, 0.75, 0.96))
+    middle = density[rows // 16 : -(rows // 16), cols // 16 : -(cols // 16)]
+    shares = np.array([0.04, 0.13, 0.25, 0.38, 0.5, 0.62, 0.75, 0.87, 0.96])
+    marks = np.quantile(middle[::2, ::2], shares)
     low, high = rng.normal(0.14, 0.03), rng.normal(0.86, 0.03)
-    tone = np.array([0.0, rng.normal(0.24, 0.03), rng.normal(0.5, 0.03), rng.normal(0.77, 0.03), 1.0])
-    levels = low + (high - low) * tone
+    tone = [0.0, rng.normal(0.24, 0.03), rng.normal(0.5, 0.03), rng.normal(0.77, 0.03), 1.0]
+    levels = low + (high - low) * np.interp(shares, shares[::2], tone)
     span = max(float(marks[-1] - marks[0]), 1e-3)
     xs = np.concatenate([[marks[0] - 0.45 * span], marks, [marks[-1] + 0.5 * span]])
     ys = np.concatenate([[0.0], levels, [1.0]])
