@@ -298,7 +298,7 @@ def test_big_endian_file_and_lut(tmp_path):
 
 
 def test_multi_frame_is_refused(tmp_path):
-    refused(sample("SC_rgb_rle_2frame.dcm"), "is multi-frame (2 frames), but the task is 2D")
+    refused(sample("SC_rgb_rle_2frame.dcm"), "is multi-frame (2 frames)")
     refused(sample("examples_ybr_color.dcm"), "is multi-frame (30 frames)")
 
 

@@ -64,7 +64,11 @@ def test_a_wrong_change_is_refused_by_name(folder, change, words):
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        (SERVER, lambda c: c["components"].append({"id": "x", "path": "subprocess.Popen"}), "subprocess.Popen is not on"),
+        (
+            SERVER,
+            lambda c: c["components"].append({"id": "x", "path": "subprocess.Popen"}),
+            "subprocess.Popen is not on",
+        ),
         (
             SERVER,
             lambda c: c["components"][0]["args"].update(network={"config_type": "dict", "path": "subprocess.Popen"}),
@@ -79,7 +83,11 @@ def test_a_wrong_change_is_refused_by_name(folder, change, words):
         ),
         (CLIENT, lambda c: c["executors"][0]["executor"].update(path="os.system"), "os.system is not on"),
         (CLIENT, lambda c: c["executors"][0]["executor"]["args"].update(seed=7), "'seed' differs"),
-        (CLIENT, lambda c: c["executors"][0]["executor"]["args"].update(dataset="{$AWS_SECRET}"), "environment variable"),
+        (
+            CLIENT,
+            lambda c: c["executors"][0]["executor"]["args"].update(dataset="{$AWS_SECRET}"),
+            "environment variable",
+        ),
         (CLIENT, lambda c: c["executors"][0]["executor"]["args"].update(dataset="/etc"), "dataset"),
         (CLIENT, lambda c: c["executors"].clear(), "names no"),
         (SERVER, lambda c: c["workflows"][0]["args"].update(num_rounds=0), "num_rounds"),

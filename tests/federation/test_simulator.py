@@ -15,6 +15,7 @@ import pytest
 import torch
 from pydicom import dcmread
 
+from fedimaging.cli import main
 from fedimaging.datasets.manifest import SPLITS, Manifest
 from fedimaging.datasets.synthetic import synthesize
 
@@ -178,7 +179,9 @@ def test_a_site_that_refuses_is_told_by_code_and_the_job_goes_on_with_the_others
 
 def test_a_refusal_ends_a_job_that_needs_every_site(without_one, tmp_path):
     workspace = tmp_path / "w"
-    done = fedimaging("simulate", JOB, "--data", without_one, "--workspace", workspace, *NEAR_ZERO, "--set", "min_clients=3")
+    done = fedimaging(
+        "simulate", JOB, "--data", without_one, "--workspace", workspace, *NEAR_ZERO, "--set", "min_clients=3"
+    )
     assert done.returncode == 1
     assert "site hospital-c refused (unreadable_images)" in done.stderr
     assert "the job ended after 0 of 1 rounds" in done.stderr
@@ -189,7 +192,16 @@ def test_a_refusal_ends_a_job_that_needs_every_site(without_one, tmp_path):
 
 def test_a_federation_starts_from_an_earlier_model_that_the_operator_names(plain_run, hospitals, tmp_path):
     earlier = plain_run[0] / "server/simulate_job/app_server/best_FL_global_model.pt"
-    changes = ["--set", "rounds=1", "--set", "training.max_batches=1", "--set", "min_clients=1", "--sites", "hospital-a"]
+    changes = [
+        "--set",
+        "rounds=1",
+        "--set",
+        "training.max_batches=1",
+        "--set",
+        "min_clients=1",
+        "--sites",
+        "hospital-a",
+    ]
     done = fedimaging(
         "simulate", JOB, "--data", hospitals, "--workspace", tmp_path / "w", *changes, "--start-from", earlier
     )
@@ -222,6 +234,16 @@ def test_ctrl_c_ends_every_process(hospitals, tmp_path):
     assert {p.pid for p in federation_processes()} - before == set()
 
 
+def mistake(capsys, *arguments):
+    """Runs a command in this process. Returns the one line that it says of a mistake."""
+    assert main([str(argument) for argument in arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.strip().count("\n") == 0
+    return said.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -234,25 +256,50 @@ def test_ctrl_c_ends_every_process(hospitals, tmp_path):
         (["--start-from", "no-such.pt"], "no such model file"),
     ],
 )
-def test_a_mistake_is_one_line_before_anything_starts(hospitals, tmp_path, arguments, words):
-    done = fedimaging("simulate", JOB, "--data", hospitals, "--workspace", tmp_path / "w", *arguments)
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert done.stderr.strip().count("\n") == 0
+def test_a_mistake_is_one_line_before_anything_starts(hospitals, tmp_path, arguments, words, capsys):
+    said = mistake(capsys, "simulate", JOB, "--data", hospitals, "--workspace", tmp_path / "w", *arguments)
+    assert words in said
     assert not (tmp_path / "w/server").exists()
 
 
-def test_a_folder_that_a_run_would_delete_is_refused(hospitals, tmp_path):
+def test_a_folder_that_a_run_would_delete_is_refused(hospitals, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("three years of work")
     for command in (["workspace", tmp_path], ["simulate", JOB, "--workspace", tmp_path]):
-        done = fedimaging(*command, "--data", hospitals)
-        assert done.returncode == 2
-        assert "not empty" in done.stderr
+        assert "not empty" in mistake(capsys, *command, "--data", hospitals)
     assert (tmp_path / "thesis.txt").read_text() == "three years of work"
 
 
-def test_no_data_is_one_line_that_says_what_to_do(tmp_path):
-    done = fedimaging("simulate", JOB, "--data", tmp_path / "nowhere")
-    assert done.returncode == 2
-    assert "data synth" in done.stderr
-    assert done.stderr.strip().count("\n") == 0
+@pytest.mark.parametrize("command", [["simulate", JOB], ["workspace", "w"]])
+def test_no_data_is_one_line_that_says_what_to_do(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    assert "data synth" in mistake(capsys, *command, "--data", tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fault", ["manifest", "image", "class", "duplicate", "patient", "outside", "split"])
+def test_a_faulty_dataset_is_one_line_that_names_it(hospitals, tmp_path, capsys, fault):
+    root = tmp_path / "data"
+    shutil.copytree(hospitals, root, copy_function=os.link)
+    path = root / "hospital-b" / "chest_xray" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    first, second = manifest["training"][:2]
+    if fault == "image":
+        (path.parent / first["image"]).unlink()
+    elif fault == "class":
+        first["label"] = "fracture"
+    elif fault == "duplicate":
+        second["image"] = first["image"]
+    elif fault == "patient":
+        manifest["test"][0]["patient"] = first["patient"]
+    elif fault == "outside":
+        first["image"] = "../../hospital-a/chest_xray/manifest.json"
+    elif fault == "split":
+        manifest["validation"] = []
+    path.unlink()
+    if fault == "manifest":
+        path.write_text("{")
+    else:
+        path.write_text(json.dumps(manifest))
+    said = mistake(capsys, "simulate", JOB, "--data", root, "--workspace", tmp_path / "w")
+    assert str(path) in said
+    assert not (tmp_path / "w/server").exists()

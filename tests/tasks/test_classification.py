@@ -99,7 +99,10 @@ def test_multi_label_metrics_agree_with_scikit_learn():
     labelled = cases([[name for name, on in zip(CLASSES[1:], row, strict=True) if on] for row in truth])
     metrics = multi.metrics(logits, labelled)
     assert metrics["auroc"] == pytest.approx(roc_auc_score(truth, logits.numpy()), abs=1e-6)
-    assert set(multi.evaluation(logits, labelled, logits, labelled, seed=0)["per_class"]) == {"consolidation", "effusion"}
+    assert set(multi.evaluation(logits, labelled, logits, labelled, seed=0)["per_class"]) == {
+        "consolidation",
+        "effusion",
+    }
 
 
 def test_too_few_cases_of_a_class_give_no_metric(predicted):
@@ -135,7 +138,10 @@ def test_subgroups_are_told_only_if_none_of_them_is_small(predicted):
 
 def manifest(labels, **changes):
     splits = {
-        split: [c.model_copy(update={"image": f"{split}/{c.image}", "patient": f"{split}{c.patient}"}) for c in cases(labels)]
+        split: [
+            c.model_copy(update={"image": f"{split}/{c.image}", "patient": f"{split}{c.patient}"})
+            for c in cases(labels)
+        ]
         for split in ("training", "validation", "test")
     }
     header = {"name": "x", "modality": "DX", "task": "classification", "classes": CLASSES}

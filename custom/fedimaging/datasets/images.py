@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +60,42 @@ def read_image(path: Path, channels: int = 1) -> Floats:
     """
     if channels not in (1, 3):
         raise FedImagingError(f"channels is {channels}; an image has 1 (grey) or 3 (RGB)")
+    with _told(path):
+        image = _checked(_read_dicom(path) if is_dicom(path) else _read_picture(path))
+    return _with_channels(np.clip(image, 0, 1), channels)
+
+
+def read_slice(path: Path) -> Floats:
+    """Reads one greyscale slice of a DICOM series, in its modality's units: Hounsfield units in CT.
+
+    Only the modality LUT or rescale is applied; window, MONOCHROME1 and padding concern a display and are not.
+
+    Returns:
+        float32, shape (rows, columns).
+
+    Raises:
+        FedImagingError: UNREADABLE_IMAGES, one line with the file, the reason and what to do.
+    """
+    with _told(path):
+        return _checked(_decode(path, _modality_units))
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turns what goes wrong with a file into an error that names it."""
     try:
-        image = _read_dicom(path) if is_dicom(path) else _read_picture(path)
-        if image.size == 0 or not np.isfinite(image).all():
-            raise _UnreadableError("has values that are no numbers after its transforms; correct its rescale or LUT")
+        yield
     except _UnreadableError as error:
         raise FedImagingError(f"{path}: {error}", Reason.UNREADABLE_IMAGES) from None
     except OSError as error:
-        message = f"{path}: can't be read ({_reason(error)}); restore it or allow this account to read it"
+        message = f"{path}: can't be read ({reason(error)}); restore it or allow this account to read it"
         raise FedImagingError(message, Reason.UNREADABLE_IMAGES) from None
-    return _with_channels(np.clip(image, 0, 1), channels)
+
+
+def _checked(image: Floats) -> Floats:
+    if image.size == 0 or not np.isfinite(image).all():
+        raise _UnreadableError("has values that are no numbers after its transforms; correct its rescale or LUT")
+    return image
 
 
 def is_dicom(path: Path) -> bool:
@@ -109,7 +137,7 @@ def read_header(path: Path) -> pydicom.Dataset:
     try:
         return pydicom.dcmread(path, stop_before_pixels=True, force=True)
     except Exception as error:
-        raise FedImagingError(f"{path}: {_reason(error)}", Reason.UNREADABLE_IMAGES) from None
+        raise FedImagingError(f"{path}: {reason(error)}", Reason.UNREADABLE_IMAGES) from None
 
 
 def covariates(header: pydicom.Dataset) -> dict[str, str]:
@@ -150,16 +178,15 @@ def element(header: pydicom.Dataset, keyword: str) -> str:
 
 def _read_dicom(path: Path) -> Floats:
     """Float values of one frame: (H, W), or (H, W, 3) in colour; black at 0 and white at 1."""
+    return _decode(path, _display)
+
+
+def _decode(path: Path, convert: Callable[[NDArray[Any], pydicom.Dataset, str], Floats]) -> Floats:
+    """What `convert` makes of a DICOM file's stored values, its data elements and its photometric interpretation."""
     try:
         data = pydicom.dcmread(path, force=True)
         photometric = _check_dicom(data)
-        stored = pixel_array(data, raw=False)
-        if photometric == "PALETTE COLOR":
-            colour = apply_color_lut(stored, data)
-            return np.asarray(colour[..., :3], dtype=np.float32) / np.float32(np.iinfo(colour.dtype).max)
-        if photometric in _COLOUR:
-            return np.asarray(stored, dtype=np.float32) / np.float32(2 ** int(data.BitsStored) - 1)
-        return _grey(stored, data, photometric)
+        return convert(pixel_array(data, raw=False), data, photometric)
     except (_UnreadableError, MemoryError):
         raise
     except BaseException as error:  # damaged files make pydicom and its decoders raise anything
@@ -167,7 +194,26 @@ def _read_dicom(path: Path) -> Floats:
             raise
         if not isinstance(error, Exception) and type(error).__name__ != _RUST_PANIC:
             raise
-        raise _UnreadableError(f"damaged or unsupported DICOM file ({_reason(error)}); send it again") from None
+        raise _UnreadableError(f"damaged or unsupported DICOM file ({reason(error)}); send it again") from None
+
+
+def _display(stored: NDArray[Any], data: pydicom.Dataset, photometric: str) -> Floats:
+    if photometric == "PALETTE COLOR":
+        colour = apply_color_lut(stored, data)
+        return np.asarray(colour[..., :3], dtype=np.float32) / np.float32(np.iinfo(colour.dtype).max)
+    if photometric in _COLOUR:
+        return np.asarray(stored, dtype=np.float32) / np.float32(2 ** int(data.BitsStored) - 1)
+    return _grey(stored, data, photometric)
+
+
+def _modality_units(stored: NDArray[Any], data: pydicom.Dataset, photometric: str) -> Floats:
+    if photometric not in _GREY:
+        raise _UnreadableError(f"is in colour ({photometric}), which has no place in a volume; leave it out")
+    return _modality(stored, data, _precision(data))[0].astype(np.float32)
+
+
+def _precision(data: pydicom.Dataset) -> type[np.floating[Any]]:
+    return np.float32 if int(data.BitsAllocated) <= 16 else np.float64
 
 
 def _check_dicom(data: pydicom.Dataset) -> str:
@@ -178,7 +224,7 @@ def _check_dicom(data: pydicom.Dataset) -> str:
         raise _UnreadableError(f"{what}; leave it out of the dataset")
     frames = int(data.get("NumberOfFrames") or 1)
     if frames != 1:
-        raise _UnreadableError(f"is multi-frame ({frames} frames), but the task is 2D; export single images")
+        raise _UnreadableError(f"is multi-frame ({frames} frames); export one image a file")
     photometric = str(data.get("PhotometricInterpretation") or "")
     samples = {**dict.fromkeys(_GREY, 1), **dict.fromkeys(_COLOUR, 3), "PALETTE COLOR": 1}
     if photometric not in samples:
@@ -195,7 +241,7 @@ def _check_dicom(data: pydicom.Dataset) -> str:
 
 def _grey(stored: NDArray[Any], data: pydicom.Dataset, photometric: str) -> Floats:
     """Stored values (H, W) -> modality transform -> VOI transform -> [0, 1] with MONOCHROME1 inverted."""
-    precision: type[np.floating[Any]] = np.float32 if int(data.BitsAllocated) <= 16 else np.float64
+    precision = _precision(data)
     values, low, high = _modality(stored, data, precision)
     if _has_lut(data, "VOILUTSequence"):
         looked_up, full = _look_up(values, data.VOILUTSequence[0])
@@ -318,7 +364,7 @@ def _read_picture(path: Path) -> Floats:
     except (_UnreadableError, MemoryError):
         raise
     except Exception as error:  # damaged files make Pillow raise OSError, SyntaxError, ValueError, zlib.error, ...
-        raise _UnreadableError(f"damaged image ({_reason(error)}); copy it again") from None
+        raise _UnreadableError(f"damaged image ({reason(error)}); copy it again") from None
 
 
 def _check_size(width: int, height: int) -> None:
@@ -335,7 +381,7 @@ def _with_channels(image: Floats, channels: int) -> Floats:
     return np.ascontiguousarray(image.transpose(2, 0, 1))
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """One line of at most 200 characters."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:200].rstrip(".") or type(error).__name__
