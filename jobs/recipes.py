@@ -46,7 +46,7 @@ def fedavg(name: str, settings: dict[str, Any], *, rounds: int, min_clients: int
 
 def recipes() -> list[FedJob]:
     """Every job of this folder."""
-    return [fedavg("chest_xray_fedavg", CHEST_XRAY, rounds=8, min_clients=2)]
+    return [fedavg("chest_xray_fedavg", CHEST_XRAY, rounds=12, min_clients=2)]
 
 
 def write(folder: Path) -> None:

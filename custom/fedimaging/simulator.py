@@ -84,6 +84,7 @@ class Outcome:
     errors: list[str] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     end: dict[str, Any] | None = None
+    key_metric: str = ""
     seconds: float = 0.0
 
 
@@ -261,22 +262,31 @@ def _follow(process: subprocess.Popen[bytes], workspace: Path, rounds: int, outc
 
 
 def _take(event: dict[str, Any], outcome: Outcome) -> None:
-    if event["event"] == "round":
-        outcome.rounds.append(event)
-        losses = "  ".join(f"{site} {figures['loss']:.3f}" for site, figures in sorted(event["sites"].items()))
-        value = event["key_metric"]
-        metric = "undefined" if value is None else f"{value:.3f}"
-        star = " (best so far)" if event["best"] else ""
+    """Shows an event of the server: a line per round, a star on the best model so far."""
+    if event["event"] == "start":
+        outcome.key_metric = event["key_metric"]
         console.print(
-            f"round {event['round']}  the model that arrived: {metric}{star}  training loss: {losses}  "
-            f"{event['seconds']:.1f} s",
+            f"{'round':>5}  {'validation ' + outcome.key_metric:>18}   training loss: {', '.join(outcome.sites)}",
             highlight=False,
         )
-    elif event["event"] == "final" and event["key_metric"] is not None:
-        star = " (best so far)" if event["best"] else ""
-        console.print(f"last model: {event['key_metric']:.3f}{star}", highlight=False)
+    elif event["event"] == "round":
+        outcome.rounds.append(event)
+        losses = "  ".join(
+            f"{event['sites'][site]['loss']:.3f}" if site in event["sites"] else "  -  " for site in outcome.sites
+        )
+        console.print(
+            f"{event['round']:>5}  {_metric(event):>18}   {losses}   {event['seconds']:.1f} s",
+            highlight=False,
+        )
+    elif event["event"] == "final":
+        console.print(f"{'last':>5}  {_metric(event):>18}", highlight=False)
     elif event["event"] == "end":
         outcome.end = event
+
+
+def _metric(event: dict[str, Any]) -> str:
+    value = "undefined" if event["key_metric"] is None else f"{event['key_metric']:.3f}"
+    return f"{value} {'*' if event['best'] else ' '}"
 
 
 def _say(event: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from fedimaging.settings import Settings
 
 TASK = {"name": "classification", "classes": ["normal", "pneumonia"], "image_size": 32}
 NETWORK = {"name": "ResNet18"}
-GOOD = {
+GOOD: dict[str, dict[str, object]] = {
     "fedimaging.federation.evaluation.CrossSiteEvaluation": {"timeout": 60},
     "fedimaging.federation.workflow.FederatedAveraging": {"num_rounds": 1, "min_clients": 1, "straggler_wait": 60},
     "fedimaging.federation.persistor.NetworkPersistor": {"task": TASK, "network": NETWORK, "seed": 0},

@@ -1,4 +1,4 @@
-"""The classification task: loading, weights, metrics against scikit-learn, and what its evaluation says and withholds."""
+"""The classification task: loading, weights, metrics against scikit-learn, what its evaluation says and withholds."""
 
 import json
 

@@ -119,7 +119,7 @@ class JobFolder:
 
 
 def parse_changes(pairs: list[str]) -> dict[str, Any]:
-    """``["rounds=3", "task.classes=[\\"a\\", \\"b\\"]"]`` as names and values; a value is JSON, else text, commas a list."""
+    """Names and values of ``["rounds=3", "task.classes=a,b"]``; a value is JSON, else text, with commas a list."""
     changes: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")

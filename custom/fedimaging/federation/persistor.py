@@ -109,8 +109,8 @@ def load_weights(network: torch.nn.Module, path: Path) -> None:
         network.load_state_dict(state, strict=False)
     except Exception as error:
         raise FedImagingError(
-            f"{path}: cannot start from this model: {type(error).__name__}; it must be the model file of a job with the "
-            "same network and classes",
+            f"{path}: cannot start from this model: {type(error).__name__}; it must be the model file of a job "
+            "with the same network and classes",
             Reason.BAD_MODEL,
         ) from None
     if missing or unexpected:

@@ -94,7 +94,7 @@ class FederatedAveraging(FedAvg):
         self._last = model
         self._record_round()
 
-    def send_model(
+    def send_model(  # noqa: PLR0917 (FLARE's signature)
         self,
         task_name: str = AppConstants.TASK_TRAIN,
         data: FLModel | None = None,
@@ -142,7 +142,7 @@ class FederatedAveraging(FedAvg):
     def _get_aggregated_result(self) -> FLModel:
         if self._received_count < self.min_clients:
             raise RuntimeError(
-                f"round {self.current_round}: {self._received_count} sites contributed, min_clients is {self.min_clients}"
+                f"round {self.current_round}: {self._received_count} sites contributed, not {self.min_clients}"
             )
         return super()._get_aggregated_result()
 

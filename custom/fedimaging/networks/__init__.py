@@ -1,6 +1,7 @@
 """The registry of reviewed networks: a job names one, the site builds it; nothing is downloaded.
 
-A new network is one file with a :class:`~fedimaging.networks.base.NetworkSettings` subclass and one line in ``NETWORKS``.
+A new network is one file with a subclass of :class:`~fedimaging.networks.base.NetworkSettings` and one line in
+``NETWORKS``.
 """
 
 from typing import Any

@@ -137,7 +137,7 @@ def _calibration(source: dict[str, Any]) -> dict[str, Any] | None:
     if not source:
         return None
     bins = [
-        {name: to_number(to_mapping(b).get(name)) for name in ("confidence", "accuracy", "cases")}
+        {name: to_number(to_mapping(b).get(name)) for name in ("confidence", "accuracy")}
         for b in to_list(source.get("bins"))
     ]
     return {"ece": to_number(source.get("ece")), "brier": to_number(source.get("brier")), "bins": bins}

@@ -125,19 +125,17 @@ def roc_chart(curves: dict[int, dict[str, Any]], name: str, label: str) -> Marku
 
 
 def reliability_chart(index: int, bins: Iterable[dict[str, Any]], name: str, label: str) -> Markup:
-    """Reliability diagram of one hospital: how often the model was right, by its confidence; areas follow the cases."""
-    known = [b for b in bins if None not in (b["confidence"], b["accuracy"], b["cases"])]
-    largest = max((b["cases"] for b in known), default=1) or 1
+    """Reliability diagram of one hospital: how often the model was right, by its confidence."""
+    known = [b for b in bins if None not in (b["confidence"], b["accuracy"])]
     with rc_context(_STYLE):
         figure, axes = _axes(2.9, 2.9)
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
         x, y = [b["confidence"] for b in known], [b["accuracy"] for b in known]
         axes.plot(x, y, color=_colour(index), linewidth=1)
-        areas = [14 + 110 * b["cases"] / largest for b in known]
         axes.scatter(
             x,
             y,
-            s=areas,
+            s=40,
             marker=MARKERS[index % len(MARKERS)],
             color=_colour(index),
             edgecolor=PAPER,

@@ -237,7 +237,6 @@ def _reliability_charts(evaluations: dict[str, Any], index: dict[str, int]) -> l
     for site, evaluation in evaluations.items():
         calibration = evaluation["calibration"]
         if calibration:
-            withheld = sum(b["cases"] is None for b in calibration["bins"])
             svg = figures.reliability_chart(
                 index[site], calibration["bins"], f"reliability{index[site]}", "Reliability diagram of one hospital"
             )
@@ -245,7 +244,6 @@ def _reliability_charts(evaluations: dict[str, Any], index: dict[str, int]) -> l
                 {
                     "site": site,
                     "svg": svg,
-                    "withheld": withheld,
                     "ece": calibration["ece"],
                     "brier": calibration["brier"],
                 }

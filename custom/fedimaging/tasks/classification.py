@@ -100,7 +100,8 @@ class Classification(Task):
         image = torch.tensor(read_image(root / case.image, channels=self.settings.channels))
         if not torch.isfinite(image).all():
             raise FedImagingError(f"{root / case.image}: pixels that are not finite numbers", Reason.UNREADABLE_IMAGES)
-        return {"image": convert_to_tensor(self._fit(image), dtype=torch.float32, track_meta=False), "label": self.target(case)}
+        fitted = convert_to_tensor(self._fit(image), dtype=torch.float32, track_meta=False)
+        return {"image": fitted, "label": self.target(case)}
 
     def load_key(self) -> str:
         settings = self.settings
@@ -190,7 +191,8 @@ class Classification(Task):
         values, bounds = self._macro_auroc(probabilities, truth, cases, seed)
         multi = self.settings.multi_label
         confidence = probabilities.max(1) if not multi else probabilities.ravel()
-        correct = (self._decisions(probabilities) & truth).any(1) if not multi else truth.ravel()
+        hits = np.asarray((self._decisions(probabilities) & truth).any(1))
+        correct = truth.ravel() if multi else hits
         return {
             "auroc": values,
             "auroc_ci": bounds,

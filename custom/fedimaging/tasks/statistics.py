@@ -87,26 +87,18 @@ def youden_threshold(scores: FloatArray, positive: BoolArray) -> float:
 def calibration(confidence: FloatArray, correct: BoolArray, bins: int = 10) -> dict[str, object]:
     """Reliability diagram and expected calibration error (Guo et al. 2017).
 
-    Bins of fewer than ``MIN_CELL`` cases are withheld, and with one of them every bin's count, which would give it away.
+    Bins of fewer than ``MIN_CELL`` cases are withheld. No bin's count is told: those of the others would give it away.
     """
     index = np.minimum((confidence * bins).astype(int), bins - 1)
-    rows: list[dict[str, float | int | None]] = []
+    rows: list[dict[str, float | None]] = []
     error = 0.0
     for b in range(bins):
         inside = index == b
         cases = int(inside.sum())
-        if cases:
-            error += cases / len(confidence) * abs(confidence[inside].mean() - correct[inside].mean())
         shown = cases >= MIN_CELL
-        rows.append(
-            {
-                "confidence": round(float(confidence[inside].mean()), 4) if shown else None,
-                "accuracy": round(float(correct[inside].mean()), 4) if shown else None,
-                "cases": cases,
-            }
-        )
-    if any(withhold(int(row["cases"] or 0)) is None for row in rows):
-        rows = [{**row, "cases": None} for row in rows]
+        mean, share = (float(confidence[inside].mean()), float(correct[inside].mean())) if cases else (0.0, 0.0)
+        error += cases / len(confidence) * abs(mean - share)
+        rows.append({"confidence": round(mean, 4) if shown else None, "accuracy": round(share, 4) if shown else None})
     return {"ece": round(error, 4), "bins": rows}
 
 

@@ -30,7 +30,7 @@ class Precision:
         return value.to(self.device, memory_format=self._layout(value.ndim - 2))
 
     def place_network(self, network: nn.Module, spatial_dims: int) -> nn.Module:
-        return network.to(self.device, memory_format=self._layout(spatial_dims))  # type: ignore[call-overload,no-any-return]
+        return network.to(self.device, memory_format=self._layout(spatial_dims))  # type: ignore[call-overload]
 
     def _layout(self, spatial_dims: int) -> torch.memory_format:
         if not self.bfloat16:

@@ -29,7 +29,7 @@ from fedimaging.datasets.synthetic.radiographs import plan_chest
 from fedimaging.errors import FedImagingError, Reason
 
 SIZES = {"small": 256, "full": 1024}
-CASES = (260, 200, 140)
+CASES = (480, 400, 320)
 FEWEST_CASES = 12
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
