@@ -279,7 +279,7 @@ def add_commands(subparsers: Any) -> None:
         help="make synthetic hospitals",
         description="Make synthetic hospitals: DICOM files of chest phantoms and a manifest for each hospital.\n"
         "They are for trying things out, and say nothing about real patients.",
-        epilog="example:\n  python -m fedimaging data synth --out data/demo --sites 3 --cases 260,200,140",
+        epilog="example:\n  python -m fedimaging data synth --out data/demo --sites 3 --cases 480,400,320",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="the data root: <out>/<site>/<dataset>/manifest.json")
@@ -329,7 +329,17 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _table(manifests: Sequence[Manifest]) -> Table:
     """Cases, patients, cases in training/validation/test, and classes per hospital."""
-    table = Table("site", "cases", "patients", "splits", *manifests[0].classes, "matrix", box=SIMPLE_HEAD)
+    table = Table(
+        "site",
+        "cases",
+        "patients",
+        "splits",
+        *manifests[0].classes,
+        "matrix",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for manifest in manifests:
         splits = [manifest.split(split) for split in SPLITS]
         patients = {case.patient for cases in splits for case in cases}
