@@ -194,7 +194,7 @@ def _flare(arguments: list[str], sites: int, log: Path, verbose: bool) -> Iterat
             start_new_session=True,
         )
         # A closed terminal or a stopped container ends the run as Ctrl-C does.
-        previous = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             yield process
         finally:

@@ -18,6 +18,7 @@ from pydicom import dcmread
 from fedimaging.cli import main
 from fedimaging.datasets.manifest import SPLITS, Manifest
 from fedimaging.datasets.synthetic import synthesize
+from fedimaging.simulator import stop_process_tree
 
 pytestmark = pytest.mark.federation
 
@@ -40,8 +41,9 @@ def records(workspace):
     return [json.loads(line) for line in (workspace / "server/simulate_job/rounds.jsonl").read_text().splitlines()]
 
 
-def federation_processes():
-    return [p for p in psutil.process_iter(["cmdline"]) if "nvflare" in " ".join(p.info["cmdline"] or [])]
+def federation_processes(workspace):
+    commands = (" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+    return [command for command in commands if "nvflare" in command and str(workspace) in command]
 
 
 @pytest.fixture(scope="module")
@@ -215,23 +217,28 @@ def test_a_federation_starts_from_an_earlier_model_that_the_operator_names(plain
     assert first["sites"]["hospital-a"]["metrics"]["auroc"] == pytest.approx(values[best], abs=1e-6)
 
 
-def test_ctrl_c_ends_every_process(hospitals, tmp_path):
-    before = {process.pid for process in federation_processes()}
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_every_process(hospitals, tmp_path, sent):
     process = subprocess.Popen(
         [sys.executable, "-m", "fedimaging", "simulate", str(JOB), "--data", str(hospitals)],
         cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # A shell ignores SIGINT for what it runs in the background, and a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )  # fmt: skip
     progress = tmp_path / "runs/chest_xray_fedavg/hospital-a/simulate_job/progress.jsonl"
     deadline = time.monotonic() + 120
     while not progress.exists() and time.monotonic() < deadline:
         time.sleep(0.5)
     assert progress.exists()
-    assert {p.pid for p in federation_processes()} - before
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    assert len(federation_processes(tmp_path)) >= 3
+    process.send_signal(sent)
+    try:
+        _, said = process.communicate(timeout=30)
+    finally:
+        stop_process_tree(process.pid)
     assert process.returncode == 130
     assert "Traceback" not in said
-    assert {p.pid for p in federation_processes()} - before == set()
+    assert federation_processes(tmp_path) == []
 
 
 def mistake(capsys, *arguments):
