@@ -77,7 +77,7 @@ def plain_epoch(site: Site) -> Callable[[], float]:
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
-            float(loss)
+            float(loss.detach())
         return time.monotonic() - start
 
     return run
