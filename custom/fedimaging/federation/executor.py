@@ -51,6 +51,7 @@ class TrainerExecutor(ClientAPIExecutor):
         if event_type == EventType.START_RUN:
             self._session = Session.current = self._open_session(fl_ctx)
             _share_cores(fl_ctx)
+            self.log_info(fl_ctx, f"{torch.get_num_threads()} CPU threads")
         super().handle_event(event_type, fl_ctx)
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
