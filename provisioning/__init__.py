@@ -1,0 +1,1 @@
+"""Provisioning: a signed startup kit for every participant of a federation."""

@@ -1,0 +1,242 @@
+"""Our FLARE builders: certificates with a validity of our choice, the site's package and policies, the signed manifest.
+
+They work under ``python -m provisioning build`` and, unsigned and with FLARE's own certificate state, under FLARE's
+``nvflare provision`` and ``nvflare poc prepare``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from nvflare.lighter.constants import ParticipantType, PropKey, ProvFileName
+from nvflare.lighter.ctx import ProvisionContext
+from nvflare.lighter.entity import Participant, Project
+from nvflare.lighter.impl.cert import CertBuilder
+from nvflare.lighter.spec import Builder
+from nvflare.lighter.utils import Identity, generate_cert
+
+import fedimaging
+from fedimaging.datasets.site import SITE_FILE
+from fedimaging.errors import FedImagingError
+from fedimaging.federation import policy
+from fedimaging.federation.protocol import START_MODELS_FILE
+from provisioning.keys import CLOCK_SKEW, new_rsa_key
+from provisioning.kit import CODE_KEY, FORMAT, MANIFEST, SIGNATURE, code_fingerprint, hash_file, root_fingerprint
+
+REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
+GUIDE = "GUIDE.md"
+TEMPLATES = Path(__file__).with_name("templates")
+PACKAGE = Path(fedimaging.__file__).parent
+PACKAGE_NAME = PACKAGE.name
+
+_SOURCES = {".py", ".html", ".css", ".typed"}
+_SITE_OWNED = ("resources.json", "authorization.json", "log_config.json", SITE_FILE, START_MODELS_FILE, "privacy.json")
+_DELIVERED_STORAGE = "/var/lib/fedimaging"
+
+
+class FederationProject(Project):
+    """FLARE's project with what a build of ours brings: keys in memory, and who has a kit already."""
+
+    def __init__(self, *, existing: Iterable[str], code_key: ec.EllipticCurvePrivateKey, **named: Any) -> None:
+        super().__init__(**named)
+        self.existing = frozenset(existing)
+        self.code_key = code_key
+
+
+def _to_build(project: Project) -> list[Participant]:
+    existing: frozenset[str] = getattr(project, "existing", frozenset())
+    return [participant for participant in project.get_all_participants() if participant.name not in existing]
+
+
+class CertificateBuilder(CertBuilder):
+    """FLARE's certificates with key usages, 3072-bit keys and a validity of our choice.
+
+    The keys of the root and of participants stay in memory when the project brings the root's; FLARE's plain
+    commands bring none, and then FLARE's ``state/cert.json`` is kept as usual, owner-only.
+
+    Args:
+        root_valid_days: of a new root certificate.
+        valid_days: of a participant's certificate; it never outlives the root's.
+    """
+
+    def __init__(self, root_valid_days: int = 3650, valid_days: int = 365) -> None:
+        super().__init__(root_valid_days=root_valid_days)
+        self.valid_days = valid_days
+        self._in_memory = False
+
+    def initialize(self, project: Project, ctx: ProvisionContext) -> None:
+        self._in_memory = project.root_private_key is not None
+        self._built = {participant.name for participant in _to_build(project)}
+        super().initialize(project, ctx)
+
+    def _build_write_cert_pair(self, participant: Participant, base_name: str, ctx: ProvisionContext) -> None:
+        if participant.name in self._built:
+            super()._build_write_cert_pair(participant, base_name, ctx)
+
+    def get_pri_key_cert(self, participant: Participant) -> tuple[rsa.RSAPrivateKey, x509.Certificate]:
+        key = new_rsa_key()
+        return key, self.certificate(participant, key.public_key())
+
+    def certificate(self, participant: Participant, key: rsa.RSAPublicKey) -> x509.Certificate:
+        """Signs a participant's public key."""
+        server = participant.type == ParticipantType.SERVER
+        usages = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if server else [])]
+        now = datetime.now(UTC)
+        if self.root_cert.not_valid_after_utc <= now:
+            raise FedImagingError(f"the root certificate expired on {self.root_cert.not_valid_after_utc:%Y-%m-%d}")
+        return generate_cert(
+            subject=Identity(participant.subject, participant.org, participant.get_prop(PropKey.ROLE)),
+            issuer=Identity(self.issuer),
+            signing_pri_key=self.pri_key,
+            subject_pub_key=key,
+            server_default_host=participant.get_default_host() if server else None,
+            server_additional_hosts=participant.get_prop(PropKey.HOST_NAMES) if server else None,
+            not_valid_before=now - CLOCK_SKEW,
+            not_valid_after=min(now + timedelta(days=self.valid_days), self.root_cert.not_valid_after_utc),
+            extra_extensions=[
+                (x509.BasicConstraints(ca=False, path_length=None), True),
+                (_key_usage(encipherment=participant.type != ParticipantType.ADMIN), True),
+                (x509.ExtendedKeyUsage(usages), False),
+            ],
+        )
+
+    def finalize(self, project: Project, ctx: ProvisionContext) -> None:
+        if not self._in_memory:
+            state = Path(ctx.get_state_dir()) / "cert.json"
+            state.touch(mode=0o600)
+            super().finalize(project, ctx)
+
+
+def _key_usage(encipherment: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=True,
+        content_commitment=not encipherment,
+        key_encipherment=encipherment,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=False,
+        crl_sign=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+class SiteBuilder(Builder):
+    """Puts the package's source files, the requirements, the policies and the guide into the kits."""
+
+    def build(self, project: Project, ctx: ProvisionContext) -> None:
+        for participant in _to_build(project):
+            if participant.type in (ParticipantType.CLIENT, ParticipantType.SERVER):
+                self._build_site(participant, Path(ctx.get_ws_dir(participant)))
+
+    def _build_site(self, participant: Participant, kit: Path) -> None:
+        local = kit / "local"
+        copy_package(local / "custom" / PACKAGE_NAME)
+        shutil.copyfile(REQUIREMENTS, local / "requirements.txt")
+        policy.write_json(local / ProvFileName.AUTHORIZATION_JSON_DEFAULT, policy.authorization())
+        policy.write_json(local / ProvFileName.LOG_CONFIG_DEFAULT, policy.log_config())
+        (local / ProvFileName.PRIVACY_JSON_SAMPLE).unlink()
+        resources = local / ProvFileName.RESOURCES_JSON_DEFAULT
+        if participant.type == ParticipantType.SERVER:
+            storage = Path(participant.get_prop("storage", _DELIVERED_STORAGE))
+            policy.write_json(resources, policy.server_resources(storage))
+            return
+        capacity = participant.get_prop(PropKey.CAPACITY) or {}
+        gpus, memory = capacity.get(PropKey.NUM_GPUS, 0), capacity.get(PropKey.GPU_MEM, 0)
+        policy.write_json(resources, policy.client_resources(gpus, memory))
+        policy.write_json(local / "privacy.json", policy.privacy())
+        shutil.copyfile(TEMPLATES / SITE_FILE, local / SITE_FILE)
+        shutil.copyfile(TEMPLATES / GUIDE, kit / GUIDE)
+
+
+def package_sources() -> dict[str, Path]:
+    """The package's source files by their path inside it. A file of another kind stops the build: it would ship."""
+    sources = {}
+    for path in sorted(PACKAGE.rglob("*")):
+        name = path.relative_to(PACKAGE)
+        if "__pycache__" in name.parts or (path.is_dir() and not path.is_symlink()):
+            continue
+        if path.is_symlink() or path.suffix not in _SOURCES:
+            raise FedImagingError(f"{path}: no source file of the package; remove it before kits are built")
+        sources[name.as_posix()] = path
+    return sources
+
+
+def package_hash() -> str:
+    """SHA-256 over names and contents of the package's sources; what a hospital reviews once."""
+    return tree_hash({name: hash_file(path) for name, path in package_sources().items()})
+
+
+def tree_hash(files: dict[str, str]) -> str:
+    """SHA-256 of the lines ``<sha256>  <name>`` sorted by name, as ``sha256sum`` writes them."""
+    return hashlib.sha256("".join(f"{files[name]}  {name}\n" for name in sorted(files)).encode()).hexdigest()
+
+
+def copy_package(folder: Path) -> None:
+    for name, path in package_sources().items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)
+
+
+class ManifestBuilder(Builder):
+    """Lists every file of a kit with its SHA-256 and signs the list. It finishes after all builders that follow it."""
+
+    def finalize(self, project: Project, ctx: ProvisionContext) -> None:
+        code_key = getattr(project, "code_key", None)
+        if code_key is None:
+            ctx.warning("these kits are not signed; kits for hospitals come from `python -m provisioning build`")
+            return
+        for participant in _to_build(project):
+            sign_kit(Path(ctx.get_ws_dir(participant)), participant, project.name, code_key)
+
+
+def sign_kit(kit: Path, participant: Participant, federation: str, code_key: ec.EllipticCurvePrivateKey) -> None:
+    """Writes a kit's manifest, its signature (ECDSA P-256 over SHA-256) and the code-signing key's public half."""
+    base = "server" if participant.type == ParticipantType.SERVER else "client"
+    key, certificate = f"startup/{base}.key", f"startup/{base}.crt"
+    names = sorted(path.relative_to(kit).as_posix() for path in kit.rglob("*") if path.is_file())
+    site = {f"local/{name}" for name in _SITE_OWNED}
+    files = {name: hash_file(kit / name) for name in names if name not in site and name != key}
+    prefix = f"local/custom/{PACKAGE_NAME}/"
+    package = {name.removeprefix(prefix): value for name, value in files.items() if name.startswith(prefix)}
+    public = code_key.public_key()
+    manifest = {
+        "format": FORMAT,
+        "project": federation,
+        "participant": participant.name,
+        "type": participant.type,
+        "org": participant.org,
+        "role": participant.get_prop(PropKey.ROLE),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "package": (
+            {"name": PACKAGE_NAME, "version": fedimaging.__version__, "sha256": tree_hash(package)} if package else None
+        ),
+        "root": root_fingerprint(x509.load_pem_x509_certificate((kit / "startup" / "rootCA.pem").read_bytes())),
+        "code": code_fingerprint(public),
+        "key": key,
+        "certificate": certificate,
+        "files": files,
+        "site_files": {
+            name: {
+                "sha256": hash_file(kit / name) if name in names else None,
+                "required": name == "local/privacy.json" and name in names,
+            }
+            for name in sorted(site)
+        },
+    }
+    raw = json.dumps(manifest, indent=1).encode() + b"\n"
+    (kit / MANIFEST).write_bytes(raw)
+    (kit / SIGNATURE).write_bytes(code_key.sign(raw, ec.ECDSA(hashes.SHA256())))
+    (kit / CODE_KEY).write_bytes(
+        public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )

@@ -1,0 +1,128 @@
+"""`python -m provisioning`: the commands of the project admin, and those of kit.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedimaging.errors import FedImagingError
+from provisioning import kit
+from provisioning.federation import Federation, build, default_folder
+from provisioning.handover import hand_over
+from provisioning.keys import PASSPHRASE_VARIABLE, admin_passphrase
+from provisioning.kit import KitError, spoken
+from provisioning.project import PROJECT_FILE, ProjectFile, check
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns its exit code: 0, 1 where a kit was refused, 2 for a mistake of the user."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except (FedImagingError, KitError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped", highlight=False)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m provisioning",
+        description="Startup kits for the participants of a federation.",
+        epilog="examples:\n"
+        "  python -m provisioning check\n"
+        "  python -m provisioning build\n"
+        "  python -m provisioning handover hospital-a\n"
+        "  python -m provisioning verify KIT --name hospital-a --root '3f2a ...' --code '91bc ...'",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add(commands, "check", "tell by line what is wrong with project.yml", "check --project my/project.yml", _run_check)
+    command = _add(
+        commands,
+        "build",
+        "build and sign the kits of all who have none yet",
+        "build --project my/project.yml",
+        _run_build,
+    )
+    kit.add_passphrase_file(command, PASSPHRASE_VARIABLE)
+    command = _add(commands, "handover", "encrypt a kit for its participant", "handover hospital-a", _run_handover)
+    command.add_argument("name", help="the participant")
+    kit.add_commands(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, says: str, example: str, run: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=says,
+        description=says[0].upper() + says[1:] + ".",
+        epilog=f"example:\n  python -m provisioning {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        "--project", type=Path, default=PROJECT_FILE, help="the federation's file (default: provisioning/project.yml)"
+    )
+    command.add_argument(
+        "--folder", type=Path, help="where the federation is kept (default: ~/.local/share/fedimaging/<its name>)"
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _federation(arguments: argparse.Namespace, file: ProjectFile) -> Federation:
+    return Federation(arguments.folder or default_folder(str(file.content.get("name"))))
+
+
+def _run_check(arguments: argparse.Namespace) -> int:
+    file = ProjectFile(arguments.project)
+    problems = check(file, _federation(arguments, file).participants)
+    out = Console(stderr=True)
+    for problem in problems:
+        kind = "[yellow]warning[/yellow]" if problem.warning else "[red]error[/red]"
+        where = escape(f"{arguments.project}:{problem.line}")
+        out.print(f"{where}: {kind}: {escape(problem.text)}", highlight=False, soft_wrap=True)
+    errors = sum(not problem.warning for problem in problems)
+    out.print(
+        f"{arguments.project}: {errors} errors, {len(problems) - errors} warnings", highlight=False, soft_wrap=True
+    )
+    return 2 if errors else 0
+
+
+def _run_build(arguments: argparse.Namespace) -> None:
+    file = ProjectFile(arguments.project)
+    federation = _federation(arguments, file)
+    new = build(file, federation, admin_passphrase(arguments, federation.folder))
+    out = Console(stderr=True)
+    if not new:
+        out.print("nothing to build: every participant has a kit", highlight=False)
+        return
+    table = Table(
+        "participant", "type", "organisation", "valid until", title=f"New kits in {federation.folder / 'kits'}"
+    )
+    for name in new:
+        entry = federation.participants[name]
+        table.add_row(name, entry["type"], entry["org"], entry["valid_until"][:10])
+    out.print(table)
+    out.print(f"root certificate  {spoken(federation.record['root'])}", highlight=False, soft_wrap=True)
+    out.print(f"code-signing key  {spoken(federation.record['code'])}", highlight=False, soft_wrap=True)
+    out.print("next: python -m provisioning handover NAME, for each of them", highlight=False)
+
+
+def _run_handover(arguments: argparse.Namespace) -> None:
+    federation = _federation(arguments, ProjectFile(arguments.project))
+    folder, passphrase = hand_over(federation, arguments.name)
+    out = Console(stderr=True)
+    out.print(
+        f"{folder}: send this folder; read out the fingerprints of sheet.txt by phone", highlight=False, soft_wrap=True
+    )
+    out.print("the archive's passphrase is shown this once and kept nowhere; send it by another way:", highlight=False)
+    print(passphrase)

@@ -1,0 +1,227 @@
+"""The project admin's folder of one federation: its sealed keys, its kits and the record of who got what."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import fcntl
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from nvflare.lighter.constants import CtxKey
+from nvflare.lighter.entity import participant_from_dict
+from nvflare.lighter.prov_utils import prepare_builders
+from nvflare.lighter.provisioner import Provisioner
+from nvflare.lighter.utils import serialize_cert
+
+from fedimaging.errors import FedImagingError
+from provisioning.builders import CertificateBuilder, FederationProject
+from provisioning.keys import SEALED, Keys
+from provisioning.kit import MANIFEST, write_private
+from provisioning.project import LASTING, ProjectFile, check
+
+RECORD = "federation.json"
+KITS = "kits"
+HANDOVER = "handover"
+
+Participants = dict[str, dict[str, Any]]
+
+
+def default_folder(federation: str) -> Path:
+    """Where a federation is kept if nothing else is said: outside the clone, which can be thrown away."""
+    base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return base / "fedimaging" / federation
+
+
+class Federation:
+    """A federation's folder, owner-only.
+
+    - ``federation.json``: participants with certificate dates, package hashes and when their kits were handed over;
+    - ``keys.sealed``: the private keys of the root and of the code signer, encrypted;
+    - ``kits/<participant>/``: the kits; a private key stays there only until the kit is handed over;
+    - ``handover/<participant>/``: the encrypted archives.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.record = self._read()
+
+    @property
+    def participants(self) -> Participants:
+        participants: Participants = self.record["participants"]
+        return participants
+
+    def _read(self) -> dict[str, Any]:
+        path = self.folder / RECORD
+        if not path.exists():
+            return {"format": 1, "participants": {}}
+        try:
+            record: dict[str, Any] = json.loads(path.read_text())
+            record["participants"].items()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise FedImagingError(f"{path}: can't be read; restore it from a backup") from None
+        return record
+
+    def participant(self, name: str) -> dict[str, Any]:
+        if name not in self.participants:
+            known = ", ".join(self.participants) or "nobody; run `python -m provisioning build` first"
+            raise FedImagingError(f"no kit of {name!r} was built; known: {known}")
+        return self.participants[name]
+
+    def kit(self, name: str) -> Path:
+        return self.folder / KITS / name
+
+    def save(self) -> None:
+        write_private(self.folder / RECORD, json.dumps(self.record, indent=2).encode() + b"\n")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One command at a time changes the folder; whatever is made in it is its owner's only."""
+        umask = os.umask(0o077)
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with (self.folder / ".lock").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise FedImagingError(f"{self.folder}: another command is at work here; wait for it") from None
+                self.record = self._read()
+                yield
+        finally:
+            os.umask(umask)
+
+
+def build(file: ProjectFile, federation: Federation, passphrase: Callable[[], str]) -> list[str]:
+    """Builds and signs the kits of all participants that have none yet. Returns their names.
+
+    The root and all kits that are there stay as they are, byte for byte.
+
+    Raises:
+        FedImagingError: if the project file is wrong, with its first problem, or FLARE's provisioning fails.
+        KitError: for a wrong passphrase.
+    """
+    with federation.locked():
+        problems = [problem for problem in check(file, federation.participants, resolve=False) if not problem.warning]
+        if problems:
+            more = f" (and {len(problems) - 1} more; see `check`)" if len(problems) > 1 else ""
+            raise FedImagingError(f"{file.path}:{problems[0].line}: {problems[0].text}{more}")
+        new = [entry["name"] for entry in file.participants() if entry["name"] not in federation.participants]
+        if not new:
+            return []
+        if occupied := [name for name in new if federation.kit(name).exists()]:
+            raise FedImagingError(
+                f"{federation.kit(occupied[0])}: left by an interrupted build; delete it and build again"
+            )
+        keys = _keys(file, federation, passphrase())
+        with tempfile.TemporaryDirectory(dir=federation.folder, prefix=".building-") as work:
+            kits = _provision(file, federation, keys, Path(work))
+            (federation.folder / KITS).mkdir(exist_ok=True)
+            for entry in file.participants():
+                if entry["name"] in new:
+                    _take(federation, entry, kits / entry["name"])
+        return new
+
+
+def _keys(file: ProjectFile, federation: Federation, passphrase: str) -> Keys:
+    name = file.content["name"]
+    if (federation.folder / SEALED).exists():
+        keys = Keys.read(federation.folder, passphrase)
+        if federation.record.get("root") not in {None, keys.root_fingerprint}:
+            raise FedImagingError(f"{federation.folder}: {SEALED} and {RECORD} are not of the same federation")
+    elif federation.participants:
+        raise FedImagingError(f"{federation.folder}: {SEALED} is missing; restore it from a backup")
+    else:
+        keys = Keys.make(name, _certificate_builder(file).root_valid_days)
+        keys.write(federation.folder, passphrase)
+    federation.record |= {"federation": name, "root": keys.root_fingerprint, "code": keys.code_fingerprint}
+    return keys
+
+
+def _certificate_builder(file: ProjectFile) -> CertificateBuilder:
+    builders = prepare_builders(copy.deepcopy(file.content))
+    return next(builder for builder in builders if isinstance(builder, CertificateBuilder))
+
+
+def _provision(file: ProjectFile, federation: Federation, keys: Keys, work: Path) -> Path:
+    """FLARE's provisioning in a folder of its own. Returns the folder with one kit for each participant."""
+    content = copy.deepcopy(file.content)
+    project = FederationProject(
+        name=content["name"],
+        description=content.get("description", ""),
+        props=content,
+        serialized_root_cert=serialize_cert(keys.root),
+        root_private_key=keys.root_key,
+        existing=federation.participants,
+        code_key=keys.code_key,
+    )
+    for entry in content["participants"]:
+        project.add_participant(participant_from_dict(entry))
+    said = _Messages()
+    # A failing builder's traceback is printed by FLARE, and then it is only said that something failed.
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        ctx = Provisioner(str(work), prepare_builders(content)).provision(project, logger=said)
+    if ctx.get(CtxKey.BUILD_ERROR):
+        raise FedImagingError(f"{file.path}: FLARE's provisioning failed: {'; '.join(said.errors)}")
+    return Path(ctx.get_result_location())
+
+
+class _Messages:
+    """Keeps FLARE's errors; the rest of what it says is of no use to anybody."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def error(self, message: str) -> None:
+        self.errors.append(message.removesuffix("  Incomplete prod_n folder removed."))
+
+    def debug(self, message: str) -> None: ...
+
+    info = warning = debug
+
+
+def _take(federation: Federation, entry: dict[str, Any], made: Path) -> None:
+    """Moves a kit to its place and enters it into the record."""
+    name = entry["name"]
+    made.rename(federation.kit(name))
+    federation.participants[name] = {
+        **{key: entry[key] for key in LASTING if key in entry},
+        **kit_facts(federation.kit(name)),
+        "built": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    federation.save()
+
+
+def kit_facts(kit: Path) -> dict[str, Any]:
+    """What the record keeps of a kit: its package, and its certificate's serial number and dates."""
+    manifest = json.loads((kit / MANIFEST).read_text())
+    certificate = x509.load_pem_x509_certificate((kit / manifest["certificate"]).read_bytes())
+    return {
+        "package": manifest["package"],
+        "serial": f"{certificate.serial_number:x}",
+        "valid_from": certificate.not_valid_before_utc.isoformat(),
+        "valid_until": certificate.not_valid_after_utc.isoformat(),
+    }
+
+
+def remove_private_key(federation: Federation, name: str) -> None:
+    """Deletes a participant's private key here; from now on the participant alone has it."""
+    kit = federation.kit(name)
+    key = kit / json.loads((kit / MANIFEST).read_text())["key"]
+    if key.exists():
+        with key.open("r+b") as file:
+            file.write(b"\0" * key.stat().st_size)
+            file.flush()
+            os.fsync(file.fileno())
+        key.unlink()
+
+
+def discard(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

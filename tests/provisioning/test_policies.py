@@ -1,0 +1,230 @@
+"""The site's policies, asked through FLARE's own code."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from nvflare.apis.analytix import AnalyticsDataType
+from nvflare.apis.dxo import DXO, DataKind
+from nvflare.apis.filter import ContentBlockedException
+from nvflare.apis.fl_constant import AdminCommandNames, FilterKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.workspace import Workspace
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+from nvflare.fuel.sec.authz import AuthzContext, Person
+from nvflare.private.fed.app.fl_conf import create_privacy_manager
+from nvflare.security.security import COMMAND_CATEGORIES, FLAuthorizer
+
+from fedimaging.federation import policy
+from fedimaging.federation.logs import redact
+from fedimaging.federation.privacy import OutgoingResults
+from fedimaging.federation.protocol import REASON_HEADER, REPORT
+
+ROLES = ("project_admin", "org_admin", "lead", "member")
+
+
+def allowed(role, right, org="hospital_a", site="hospital_a", submitter="lead@example.org"):
+    authorizer = FLAuthorizer(site, policy.authorization())
+    person = Person("lead@example.org" if role == "lead" else f"{role}@x", org, role)
+    context = AuthzContext(right=right, user=person, submitter=Person(submitter, "consortium", "lead"))
+    return authorizer.authorize(context)[0]
+
+
+@pytest.mark.parametrize("right", ["byoc", "server-predeployed-flwr", AdminCommandNames.CALL])
+def test_nobody_brings_code(right):
+    assert not any(allowed(role, right, org) for role in (*ROLES, "", "owner") for org in ("hospital_a", "consortium"))
+
+
+def test_only_leads_submit():
+    assert [role for role in ROLES if allowed(role, AdminCommandNames.SUBMIT_JOB)] == ["lead"]
+
+
+@pytest.mark.parametrize("right", [name for name, kind in COMMAND_CATEGORIES.items() if kind == "shell_commands"])
+def test_shell_commands_are_for_admins_of_the_site_s_own_organisation(right):
+    assert not any(allowed(role, right, org="hospital_b") for role in ROLES)
+    assert [role for role in ROLES if allowed(role, right)] == ["project_admin", "org_admin"]
+
+
+def test_an_org_admin_operates_the_own_site_only():
+    assert allowed("org_admin", AdminCommandNames.SHUTDOWN)
+    assert not allowed("org_admin", AdminCommandNames.SHUTDOWN, org="hospital_b")
+    assert not allowed("lead", AdminCommandNames.SHUTDOWN)
+
+
+def test_a_lead_manages_own_jobs_only():
+    assert allowed("lead", AdminCommandNames.ABORT_JOB)
+    assert not allowed("lead", AdminCommandNames.ABORT_JOB, submitter="other@example.org")
+    assert not allowed("lead", AdminCommandNames.DOWNLOAD_JOB, submitter="other@example.org")
+
+
+def test_a_member_looks_and_does_nothing_else():
+    rights = {*COMMAND_CATEGORIES, "submit_job", "clone_job"}
+    assert {COMMAND_CATEGORIES[right] for right in rights if allowed("member", right)} == {"view"}
+    assert not allowed("member", AdminCommandNames.SHOW_ERRORS)
+
+
+def test_a_role_that_is_not_named_may_do_nothing():
+    assert not any(allowed("visitor", right) for right in COMMAND_CATEGORIES)
+
+
+# -- privacy scope -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site_filter(handed_over):
+    """The filter of the kit's default scope, as FLARE loads it."""
+    manager = create_privacy_manager(Workspace(str(handed_over.kits / "hospital-a"), "hospital-a"), names_only=False)
+    assert manager.is_policy_defined()
+    scope = manager.get_scope(None)
+    assert scope.name == "default"
+    (found,) = scope.task_result_filters[FilterKey.OUT]
+    assert type(found) is OutgoingResults
+    assert manager.get_scope("another") is None
+    return found
+
+
+def weights(**changes):
+    data = {"conv.weight": np.ones((2, 2), np.float32), "norm.running_var": np.ones(2, np.float64)}
+    meta = {
+        REPORT: {"cases": 3, "loss": 0.5, "epoch_losses": [0.6, 0.5]},
+        "initial_metrics": {"auroc": 0.9, "loss": None},
+    }
+    return DXO(DataKind.WEIGHTS, data={**data, **changes.pop("data", {})}, meta={**meta, **changes}).to_shareable()
+
+
+def metrics(**values):
+    return DXO(
+        DataKind.METRICS, data={"auroc": 0.9, "classes": {"normal": 20}, "roc": [0.0, 0.5], **values}
+    ).to_shareable()
+
+
+def test_weights_and_metrics_pass_unchanged(site_filter):
+    for shareable in (weights(), metrics()):
+        before = json.dumps(shareable, default=str)
+        assert json.dumps(site_filter.process(shareable, FLContext()), default=str) == before
+
+
+@pytest.mark.parametrize(
+    "shareable",
+    [
+        Shareable({"anything": 1}),
+        weights(data={"x": "text"}),
+        weights(data={"x": np.array(["text"])}),
+        weights(data={"x": np.ones(2, np.int64)}),
+        weights(data={"x": np.array([np.nan], np.float32)}),
+        weights(data={"x": np.array([np.inf], np.float32)}),
+        weights(data={"x": [1.0, 2.0]}),
+        weights(pixels=np.ones((64, 64))),
+        weights(pixels=list(range(30000))),
+        weights(note="x" * 200),
+        weights(note="two\nlines"),
+        weights(raw=b"bytes"),
+        metrics(image=np.ones((64, 64))),
+        metrics(image=[[0.5] * 256] * 256),
+        metrics(loss=float("nan")),
+        metrics(deep={"a": {"b": {"c": {"d": {"e": {"f": {"g": {"h": {"i": 1}}}}}}}}}),
+        DXO(DataKind.ANALYTIC, data={"key": "x", "value": AnalyticsDataType.TEXT}).to_shareable(),
+        DXO(DataKind.STATISTICS, data={"histogram": {}}).to_shareable(),
+        DXO(DataKind.COLLECTION, data={"w": DXO(DataKind.WEIGHTS, data={})}).to_shareable(),
+    ],
+)
+def test_what_the_filter_does_not_know_is_blocked_and_not_quoted(site_filter, shareable):
+    with pytest.raises(ContentBlockedException) as caught:
+        site_filter.process(shareable, FLContext())
+    assert "text" not in str(caught.value).replace("a text or number", "")
+    assert "x" * 200 not in str(caught.value)
+
+
+def test_of_a_refusal_its_code_alone_leaves(site_filter):
+    reply = make_reply(ReturnCode.EXECUTION_EXCEPTION, {REASON_HEADER: "no_dataset", "note": "P0012"})
+    reply["data"] = "P0012"
+    left = site_filter.process(reply, FLContext())
+    assert left.get_return_code() == ReturnCode.EXECUTION_EXCEPTION
+    assert left.get_header(REASON_HEADER) == "no_dataset"
+    assert "P0012" not in json.dumps(left, default=str)
+    odd = site_filter.process(make_reply(ReturnCode.EXECUTION_EXCEPTION, {REASON_HEADER: "P0012"}), FLContext())
+    assert "P0012" not in json.dumps(odd, default=str)
+
+
+def test_the_real_replies_of_the_client_loop_pass(site_filter):
+    from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+
+    trained = FLModel(
+        params={"w": np.ones(3, np.float32)},
+        params_type=ParamsType.FULL,
+        metrics={"auroc": 0.7, "cases": 20},
+        meta={"NUM_STEPS_CURRENT_ROUND": 7, REPORT: {"cases": 7, "epoch_losses": [0.1], "peak_memory": 2**33}},
+    )
+    for model in (trained, FLModel(metrics={"auroc": None, "per_class": {"a": {"roc": {"fpr": [0.0, 1.0]}}}})):
+        site_filter.process(FLModelUtils.to_shareable(model), FLContext())
+
+
+# -- logs --------------------------------------------------------------------------------------------------------------
+
+SECRETS = [
+    "/srv/xray/Doe^John/IM0001: can't be read",
+    "/srv/x ray/P00123/IM 01.dcm: can't be read",
+    "images/P00123_ap.png: is no image",
+    "'case P00123/scan.nii.gz' is broken",
+    "series 1.2.840.113619.2.55.3.2831.1 has gaps",
+    "patient P00123 is in two splits",
+    "PatientName='Doe^John', patient_id: 00123",
+]
+
+
+@pytest.mark.parametrize("text", SECRETS)
+def test_identifiers_are_blanked(text):
+    assert not any(word in redact(text) for word in ("P00123", "00123", "Doe", "John", "1.2.840", "IM0001", "ap.png"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2026-01-01 12:00:00,123 - Cell - INFO - connected to grpc://fl.example.org:443",
+        'File "/srv/venv/lib/python3.11/site-packages/torch/nn.py", line 3',
+        "/srv/kit/local/datasets.yml: is not YAML in line 3",
+        "round 3 of 8, 120 patients, loss 0.123, fedimaging 0.1.0",
+        "job 0b5e3c1a-7f1d-4c8e-9a53-2f6f0d9d7c11 ended 2/3",
+    ],
+)
+def test_what_an_operator_needs_stays(text):
+    assert redact(text) == text
+
+
+def test_the_kit_s_log_configuration_rotates_and_blanks_tracebacks_too(handed_over, tmp_path):
+    config = json.loads((handed_over.kits / "hospital-a/local/log_config.json.default").read_text())
+    files = [handler for handler in config["handlers"].values() if "filename" in handler]
+    assert len(files) == 3
+    assert all(handler["class"].endswith("RotatingFileHandler") for handler in files)
+    assert all(handler["maxBytes"] and handler["backupCount"] for handler in files)
+    code = (
+        "import logging, sys\n"
+        "from nvflare.apis.workspace import Workspace\n"
+        "from nvflare.fuel.utils.log_utils import configure_logging\n"
+        "configure_logging(Workspace(sys.argv[1], 'hospital-a'))\n"
+        "log = logging.getLogger('fedimaging.test')\n"
+        "try:\n"
+        "    raise ValueError('/srv/xray/P00123/IM0001.dcm: broken')\n"
+        "except ValueError as error:\n"
+        "    log.exception('refused: %s (patient P00123, \"IM 1.dcm\")', error)\n"
+    )
+    kit = tmp_path / "kit"
+    (kit / "startup").mkdir(parents=True)
+    (kit / "local").mkdir()
+    (kit / "local/log_config.json.default").write_text(json.dumps(config))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(kit)],
+        env={**os.environ, "PYTHONPATH": str(handed_over.kits / "hospital-a/local/custom")}, cwd=tmp_path,
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    logs = {name: (kit / name).read_text() for name in ("log.txt", "log.json", "error_log.txt")}
+    for text in (*logs.values(), done.stdout):
+        assert "refused" in text
+        assert "P00123" not in text
+    assert all("Traceback" in text for text in (logs["log.txt"], logs["error_log.txt"], done.stdout))
+    assert json.loads(logs["log.json"])["message"].startswith("refused: <image>")
