@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import os
+import shutil
 from typing import Any
 
 import numpy as np
@@ -324,7 +325,7 @@ def test_failed_copy_leaves_nothing(folder, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "link", no_links)
-    monkeypatch.setattr(index.shutil, "copyfile", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
     refused(Options(folder, out=tmp_path / "a" / "b" / "m.json", copy=True), Reason.NO_DISK_SPACE, "No space left")
     assert not (tmp_path / "a").exists()
 

@@ -115,10 +115,11 @@ def image_files(folder: Path) -> list[Path]:
     """All images below a folder, sorted: by name, and DICOM files of any name by their preamble; hidden ones not."""
     files = (path for path in sorted(folder.rglob("[!.]*")) if path.is_file())
     visible = (path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    return [path for path in visible if path.suffix.lower() in SUFFIXES or _has_preamble(path)]
+    return [path for path in visible if path.suffix.lower() in SUFFIXES or has_preamble(path)]
 
 
-def _has_preamble(path: Path) -> bool:
+def has_preamble(path: Path) -> bool:
+    """Whether a file is DICOM by its content, and no directory of DICOM files."""
     if path.name.upper() == "DICOMDIR":
         return False
     try:

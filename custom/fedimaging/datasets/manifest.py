@@ -8,7 +8,8 @@ The file is a data list in the layout of the Medical Segmentation Decathlon, as 
      "validation": [], "test": []}
 
 Paths are relative to the file and stay below its folder. A multi-label case has a list of class names, empty where
-nothing was found. In a segmentation manifest the label is the path of the mask.
+nothing was found. In a segmentation manifest the image is a file or the folder of a DICOM series, the label is the path
+of the mask, and the classes are the structures of the mask's values 1, 2 and so on; 0 is the background.
 """
 
 from __future__ import annotations
@@ -136,21 +137,21 @@ class Manifest(BaseModel):
     def _check(self) -> Manifest:
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes: {_first_repeated(self.classes)!r} is listed twice")
-        images: dict[str, str] = {}
+        used: dict[str, str] = {}
         patients: dict[str, tuple[str, str]] = {}
         for split, entry, case in self._entries():
             self._check_label(entry, case)
-            for path in self._paths(case):
+            for what, path in zip(("image", "mask"), self._paths(case), strict=False):
                 if reason := _path_fault(path):
                     raise ValueError(f"{entry}: {path!r} {reason}")
-            image = PurePosixPath(case.image).as_posix()
-            if image in images:
-                raise ValueError(f"{entry}: the image {image!r} is already in {images[image]}; remove one of them")
-            images[image] = entry
+                name = PurePosixPath(path).as_posix()
+                if name in used:
+                    raise ValueError(f"{entry}: the {what} {name!r} is already in {used[name]}; remove one of them")
+                used[name] = entry
             other_split, other_entry = patients.setdefault(case.patient, (split, entry))
             if other_split != split:
                 raise ValueError(f"{entry}: its patient is also in {other_entry}; a patient belongs to one split")
-        if not images:
+        if not used:
             raise ValueError(f"holds no case in {', '.join(SPLITS)}")
         return self
 
@@ -229,7 +230,9 @@ class Manifest(BaseModel):
             raise FedImagingError(f"{path}: can't write the manifest: {error.strerror}", reason) from None
 
     def check_files(self, root: Path, path: Path | None = None) -> None:
-        """Each image (and mask) is a file that lies in `root`, the manifest's folder, links followed.
+        """Each image and mask is a file that lies in `root`, the manifest's folder, links followed.
+
+        The image of a segmentation case may be the folder of a DICOM series; this holds for the files in it then.
 
         Args:
             root: the manifest's folder.
@@ -239,15 +242,18 @@ class Manifest(BaseModel):
             FedImagingError: BAD_MANIFEST, naming the manifest, the entry and the file.
         """
         path = path or root
-        base = os.path.realpath(root)
+        base = os.path.realpath(root).rstrip(os.sep) + os.sep
         images: dict[str, str] = {}
         for _, entry, case in self._entries():
             for name in self._paths(case):
-                real = os.path.realpath(root / name)
-                if not real.startswith(base.rstrip(os.sep) + os.sep):
-                    raise _bad(path, f"{entry}: {name!r} is a link out of the manifest's folder; copy the file into it")
-                if fault := _file_fault(real):
-                    raise _bad(path, f"{entry}: {name!r} {fault}; restore it or index the folder again")
+                series = name == case.image and self.task == "segmentation" and (root / name).is_dir()
+                for file in _visible_files(root / name) if series else [root / name]:
+                    shown = f"{entry}: {file.relative_to(root).as_posix()!r}"
+                    real = os.path.realpath(file)
+                    if not real.startswith(base):
+                        raise _bad(path, f"{shown} is a link out of the manifest's folder; copy the file into it")
+                    if fault := _file_fault(real):
+                        raise _bad(path, f"{shown} {fault}; restore it or index the folder again")
             image = os.path.realpath(root / case.image)
             if image in images:
                 raise _bad(path, f"{entry}: {case.image!r} is the same file as the image of {images[image]}")
@@ -352,6 +358,11 @@ def _path_fault(path: str) -> str | None:
     if not PurePosixPath(path).parts:
         return "names no file"
     return None
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """What lies in a series' folder; the folder itself if that is nothing."""
+    return sorted(path for path in folder.glob("[!.]*") if not path.is_dir()) or [folder]
 
 
 def _file_fault(path: str) -> str | None:

@@ -25,6 +25,7 @@ from fedimaging.errors import FedImagingError, Reason
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 MAX_VOXELS = 1_000_000_000
 
+_SLICE_SUFFIXES = (".dcm", ".dicom", ".ima")
 _SAME = 0.25
 """Two geometries are the same if no corner moves further than this share of the smallest voxel side."""
 _REGULAR = 0.05
@@ -120,6 +121,12 @@ def read_label(path: Path, image: Volume, classes: int, *, allow_empty: bool = F
 def is_nifti(path: Path) -> bool:
     """Whether the file has a NIfTI file's name."""
     return path.name.lower().endswith(NIFTI_SUFFIXES)
+
+
+def is_series_folder(folder: Path) -> bool:
+    """Whether DICOM files lie in a folder itself, by their content or their names' endings."""
+    files = (path for path in folder.glob("[!.]*") if path.is_file())
+    return any(path.suffix.lower() in _SLICE_SUFFIXES or images.has_preamble(path) for path in files)
 
 
 def series_files(folder: Path) -> list[Path]:
