@@ -21,6 +21,15 @@ class Settings(BaseModel):
 S = TypeVar("S", bound=Settings)
 
 
+def holds_placeholder(config: Any) -> bool:
+    """Whether any text of a decoded configuration holds a brace, which FLARE may replace by an environment variable."""
+    if isinstance(config, Mapping):
+        return any(holds_placeholder(part) for item in config.items() for part in item)
+    if isinstance(config, list):
+        return any(holds_placeholder(part) for part in config)
+    return isinstance(config, str) and "{" in config
+
+
 def parse(settings: type[S], raw: Any, where: str) -> S:
     """Validate ``raw`` as ``settings``; the message names the setting at fault, never its value."""
     if not isinstance(raw, Mapping):

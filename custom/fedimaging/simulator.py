@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import psutil
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -30,7 +32,7 @@ from fedimaging.federation.protocol import PROGRESS_FILE, ROUNDS_FILE, SIMULATED
 console = Console(stderr=True)
 
 _POLL_SECONDS = 0.2
-_MARK = "resources.json"
+_MARK = ".simulator-workspace"
 
 
 def find_sites(data: Path, dataset: str | None = None) -> dict[str, list[str]]:
@@ -60,6 +62,7 @@ def make_workspace(folder: Path, data: Path, start_models: dict[str, Path] | Non
         )
     local = folder / "local"
     local.mkdir(parents=True, exist_ok=True)
+    (local / _MARK).touch()
     write_resources(local)
     datasets = sorted({name for names in sites.values() for name in names})
     entries = {name: {"path": f"{data.resolve()}/{{site}}/{name}"} for name in datasets}
@@ -125,6 +128,7 @@ def simulate(
     make_workspace(workspace, data, {job.name: start_from} if start_from else None)
     with _environment_without_data_root():
         console.print(_dataset_table(_check_sites(settings, chosen, workspace / "local")))
+    _clear_results(workspace)
     outcome = Outcome(chosen)
     started = time.monotonic()
     log = workspace.with_name(workspace.name + ".log")
@@ -149,6 +153,13 @@ def simulate(
     if outcome.errors:
         outcome.errors.append(f"the full log is {log}")
     return outcome
+
+
+def _clear_results(workspace: Path) -> None:
+    """Deletes what an earlier run left, as FLARE will: this run must not be judged by it."""
+    for path in workspace.iterdir():
+        if path.name != "local":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _check_sites(settings: Any, sites: list[str], local: Path) -> list[Dataset]:
@@ -194,13 +205,14 @@ def _flare(arguments: list[str], sites: int, log: Path, verbose: bool) -> Iterat
             start_new_session=True,
         )
         # A closed terminal or a stopped container ends the run as Ctrl-C does.
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        previous = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGTERM, signal.SIGHUP)}
         try:
             yield process
         finally:
             stop_process_tree(process.pid)
             process.wait()
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def stop_process_tree(pid: int, grace: float = 3.0) -> None:
@@ -389,8 +401,8 @@ def _run_simulate(arguments: argparse.Namespace) -> int:
         command="python -m fedimaging " + shlex.join(sys.argv[1:]),
     )
     for error in outcome.errors:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-    if outcome.rounds:
+        console.print(f"[red]error:[/red] {escape(error)}", highlight=False, soft_wrap=True)
+    if outcome.key_metric:
         html, _ = write_report(workspace)
         console.print(f"report: {html}", highlight=False, soft_wrap=True)
     if not outcome.errors and outcome.end is not None:

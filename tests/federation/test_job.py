@@ -116,3 +116,14 @@ def test_a_missing_or_broken_file_is_named(folder, name):
     (folder / name).unlink()
     with pytest.raises(FedImagingError, match=f"{Path(name).name}: no such file"):
         JobFolder(folder)
+
+
+def test_an_escaped_placeholder_and_a_name_that_is_a_path_are_refused(folder):
+    text = (folder / CLIENT).read_text().replace('"chest_xray"', '"{\\u0024TOKEN}"')
+    (folder / CLIENT).write_text(text)
+    with pytest.raises(FedImagingError, match="environment variable"):
+        JobFolder(folder)
+    for name in ("/tmp/elsewhere", "..", "a/b", ""):
+        edit(folder, "meta.json", lambda c, name=name: c.update(name=name))
+        with pytest.raises(FedImagingError, match="name: expected"):
+            JobFolder(folder)

@@ -171,7 +171,8 @@ def test_a_site_that_refuses_is_told_by_code_and_the_job_goes_on_with_the_others
     done = fedimaging("simulate", JOB, "--data", without_one, "--workspace", tmp_path / "w", *NEAR_ZERO)
     assert done.returncode == 1
     assert "site hospital-c refused (unreadable_images)" in done.stderr
-    _, first, *_, end = records(tmp_path / "w")
+    _, refused, first, *_, end = records(tmp_path / "w")
+    assert (refused["event"], refused["site"], refused["reason"]) == ("refused", "hospital-c", "unreadable_images")
     assert set(first["sites"]) == {"hospital-a", "hospital-b"}
     assert first["refused"] == {"hospital-c": "unreadable_images"}
     assert end["event"] == "end"
@@ -189,7 +190,10 @@ def test_a_refusal_ends_a_job_that_needs_every_site(without_one, tmp_path):
     assert "the job ended after 0 of 1 rounds" in done.stderr
     assert "the full log is" in done.stderr
     assert "Traceback" not in done.stderr
-    assert [record["event"] for record in records(workspace)] == ["start"]
+    start, *refusals = records(workspace)
+    assert start["event"] == "start"
+    assert refusals == [{"event": "refused", "round": 0, "site": "hospital-c", "reason": "unreadable_images"}]
+    assert "report.html" in done.stderr
 
 
 def test_a_federation_starts_from_an_earlier_model_that_the_operator_names(plain_run, hospitals, tmp_path):
@@ -217,7 +221,7 @@ def test_a_federation_starts_from_an_earlier_model_that_the_operator_names(plain
     assert first["sites"]["hospital-a"]["metrics"]["auroc"] == pytest.approx(values[best], abs=1e-6)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGHUP])
 def test_ctrl_c_ends_every_process(hospitals, tmp_path, sent):
     process = subprocess.Popen(
         [sys.executable, "-m", "fedimaging", "simulate", str(JOB), "--data", str(hospitals)],

@@ -18,11 +18,22 @@ def build(name, norm="batch", seed=0):
 def test_every_network_gives_logits_and_gradients(name, norm):
     network = build(name, norm).train()
     logits = network(torch.randn(4, 1, 64, 64))
-    assert logits.shape == (4, 3)
+    assert logits.shape == ((4, 3) if NETWORKS[name].output == "case" else (4, 3, 64, 64))
     logits.sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
     has_statistics = any("running_mean" in key for key in network.state_dict())
     assert has_statistics == (norm == "batch")
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("name", [name for name, settings in NETWORKS.items() if settings.output == "voxel"])
+def test_networks_of_voxels_take_volumes_of_several_channels(name, norm):
+    settings = network_settings({"name": name, "norm": norm})
+    network = build_network(settings, spatial_dims=3, in_channels=2, out_channels=4, seed=0)
+    sides = [settings.divisor * n for n in (1, 2, 1)]
+    logits = network(torch.randn(2, 2, *sides))
+    assert logits.shape == (2, 4, *sides)
+    assert logits.std() > 0
 
 
 @pytest.mark.parametrize("name", NETWORKS)

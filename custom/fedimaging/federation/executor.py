@@ -1,5 +1,6 @@
 """The one class that a job's client configuration names."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from nvflare.client.config import ExchangeFormat
 from fedimaging.errors import Reason
 from fedimaging.federation.protocol import REASON_HEADER, SIMULATED_JOB_ID
 from fedimaging.federation.session import Session
+from fedimaging.settings import holds_placeholder
 
 _SCRIPT = Path(__file__).with_name("client_loop.py")
 
@@ -46,10 +48,13 @@ class TrainerExecutor(ClientAPIExecutor):
         )
         self.dataset, self.task, self.network, self.training, self.seed = dataset, task, network, training, seed
         self._session: Session | None = None
+        self._placeholder = False
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.START_RUN:
             self._session = Session.current = self._open_session(fl_ctx)
+            # FLARE has replaced placeholders by now: only the deployed file still tells that a job asked for them.
+            self._placeholder = holds_placeholder(deployed_config(fl_ctx, "config_fed_client.json"))
             _share_cores(fl_ctx)
             self.log_info(fl_ctx, f"{torch.get_num_threads()} CPU threads")
         super().handle_event(event_type, fl_ctx)
@@ -58,6 +63,9 @@ class TrainerExecutor(ClientAPIExecutor):
         session = self._session
         if session is None:
             return make_reply(ReturnCode.EXECUTION_EXCEPTION, {REASON_HEADER: Reason.INTERNAL.value})
+        if self._placeholder:
+            self.log_error(fl_ctx, "refused (bad_setting): the job's configuration asks for environment variables")
+            return make_reply(ReturnCode.EXECUTION_EXCEPTION, {REASON_HEADER: Reason.BAD_SETTING.value})
         session.aborted, session.refusal = lambda: bool(abort_signal.triggered), None
         session.model_owner = str(shareable.get_header(AppConstants.MODEL_OWNER, ""))
         reply = super().execute(task_name, shareable, fl_ctx, abort_signal)
@@ -74,6 +82,12 @@ class TrainerExecutor(ClientAPIExecutor):
             local=Path(workspace.get_site_config_dir()),
             run_dir=Path(workspace.get_run_dir(fl_ctx.get_job_id())),
         )
+
+
+def deployed_config(fl_ctx: FLContext, name: str) -> Any:
+    """A configuration file of the running job as it was deployed, before FLARE replaced anything in it."""
+    workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
+    return json.loads((Path(workspace.get_app_config_dir(fl_ctx.get_job_id())) / name).read_text())
 
 
 def _share_cores(fl_ctx: FLContext) -> None:

@@ -2,13 +2,13 @@
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedimaging.errors import FedImagingError, Reason
 from fedimaging.federation.policy import ALLOWED_CLASSES
+from fedimaging.settings import holds_placeholder
 from fedimaging.training.settings import JobSettings
 
 _SERVER, _CLIENT = "app/config/config_fed_server.json", "app/config/config_fed_client.json"
@@ -17,7 +17,7 @@ _PERSISTOR = "fedimaging.federation.persistor.NetworkPersistor"
 _WORKFLOW = "fedimaging.federation.workflow.FederatedAveraging"
 _SHARED = ("task", "network", "seed")
 _WORKFLOW_NAMES = {"rounds": "num_rounds", "min_clients": "min_clients", "straggler_wait": "straggler_wait"}
-_VARIABLE = re.compile(r"\{\$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 class JobFolder:
@@ -31,6 +31,8 @@ class JobFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.meta = self._read("meta.json")
+        if not _NAME.fullmatch(str(self.meta.get("name", ""))):
+            raise _bad(path / "meta.json", "name: expected letters, digits, '_', '.' and '-', 64 at most")
         self.server = self._read(_SERVER)
         self.client = self._read(_CLIENT)
         if (path / "app" / "custom").exists():
@@ -45,7 +47,7 @@ class JobFolder:
 
     @property
     def name(self) -> str:
-        return str(self.meta.get("name", self.path.name))
+        return str(self.meta["name"])
 
     @property
     def rounds(self) -> int:
@@ -86,9 +88,7 @@ class JobFolder:
                 raise FedImagingError(f"--set {name}: no such setting; a name starts with one of {known}")
 
     def write(self, folder: Path) -> None:
-        """Writes the job, as it is now in memory, to a new folder."""
-        if folder.exists():
-            shutil.rmtree(folder)
+        """Writes the job, as it is now in memory, to a folder that is new or empty."""
         for file, config in (("meta.json", self.meta), (_SERVER, self.server), (_CLIENT, self.client)):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_text(json.dumps(config, indent=4))
@@ -99,16 +99,14 @@ class JobFolder:
             text = path.read_text()
         except OSError:
             raise _bad(path, "no such file; give a job folder such as jobs/chest_xray_fedavg") from None
-        if _VARIABLE.search(text):
-            raise _bad(
-                path, "holds {$...}, which FLARE would replace by an environment variable; write the value itself"
-            )
         try:
             config = json.loads(text)
         except json.JSONDecodeError as error:
             raise _bad(path, f"not JSON: line {error.lineno}: {error.msg}") from None
         if not isinstance(config, dict):
             raise _bad(path, "expected a JSON object")
+        if holds_placeholder(config):
+            raise _bad(path, "holds {...}, which FLARE may replace by an environment variable; write the value itself")
         return config
 
     def _component(self, config: dict[str, Any], class_path: str, file: str) -> dict[str, Any]:

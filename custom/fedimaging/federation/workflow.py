@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from nvflare.apis.controller_spec import ClientTask
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
@@ -22,11 +23,12 @@ from pydantic import Field
 
 from fedimaging import __version__
 from fedimaging.errors import Reason
+from fedimaging.federation.executor import deployed_config
 from fedimaging.federation.persistor import NetworkPersistor
 from fedimaging.federation.protocol import PERSISTOR_ID, REASON_HEADER, REPORT, ROUNDS_FILE, VALIDATE_LAST
 from fedimaging.federation.selection import ModelSelection, vote
 from fedimaging.federation.session import peak_memory
-from fedimaging.settings import Settings, parse
+from fedimaging.settings import Settings, holds_placeholder, parse
 
 _POLL_SECONDS = 0.1
 
@@ -73,6 +75,9 @@ class FederatedAveraging(FedAvg):
         persistor = self.persistor
         if not isinstance(persistor, NetworkPersistor):
             self.panic(f"the job's component {PERSISTOR_ID!r} must be a NetworkPersistor")
+            return
+        if holds_placeholder(deployed_config(self.fl_ctx, "config_fed_server.json")):
+            self.panic("the job's configuration asks for environment variables of the server")
             return
         self._run_dir = Path(self.engine.get_workspace().get_run_dir(self.fl_ctx.get_job_id()))
         self._selection = ModelSelection(persistor.settings()[0].key_metric)
@@ -127,10 +132,17 @@ class FederatedAveraging(FedAvg):
         if reason is not None:
             code = reason if reason in set(Reason) else Reason.INTERNAL.value
             self._refused[client_task.client.name] = code
+            self._record(
+                {"event": "refused", "round": self.current_round, "site": client_task.client.name, "reason": code}
+            )
             self.error(f"site {client_task.client.name} refused: {code}")
         super()._process_result(client_task, fl_ctx)
 
     def _aggregate_one_result(self, result: FLModel) -> bool:
+        if any(not np.isfinite(value).all() for value in (result.params or {}).values()):
+            self._refused[str(result.meta.get("client_name"))] = Reason.NOT_FINITE.value
+            self.error(f"site {result.meta.get('client_name')} sent weights that are not finite; left out")
+            return False
         accepted = super()._aggregate_one_result(result)
         if accepted:
             site = str(result.meta.get("client_name"))

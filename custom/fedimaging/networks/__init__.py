@@ -12,14 +12,20 @@ from torch import nn
 from fedimaging.errors import FedImagingError
 from fedimaging.networks.base import NetworkSettings
 from fedimaging.networks.densenet import DenseNet121Settings
+from fedimaging.networks.dynunet import DynUNetSettings
 from fedimaging.networks.efficientnet import EfficientNetB0Settings
 from fedimaging.networks.resnet import ResNet18Settings
+from fedimaging.networks.segresnet import SegResNetSettings
+from fedimaging.networks.unet import UNetSettings
 from fedimaging.settings import parse
 
 NETWORKS: dict[str, type[NetworkSettings]] = {
     "DenseNet121": DenseNet121Settings,
+    "DynUNet": DynUNetSettings,
     "EfficientNetB0": EfficientNetB0Settings,
     "ResNet18": ResNet18Settings,
+    "SegResNet": SegResNetSettings,
+    "UNet": UNetSettings,
 }
 
 

@@ -1,11 +1,14 @@
 """What every registered network has in common."""
 
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from fedimaging.settings import Settings
+
+Output = Literal["case", "voxel"]
+"""what a network gives logits of, and a task learns from: a case as a whole, or each of its voxels"""
 
 
 class NetworkSettings(Settings):
@@ -15,12 +18,21 @@ class NetworkSettings(Settings):
     Wu and He 2018), which suits sites whose images differ much.
     """
 
+    output: ClassVar[Output] = "case"
+
     name: str
     norm: Literal["batch", "group"] = "batch"
 
+    @property
+    def divisor(self) -> int:
+        """What every side of an input must be a multiple of."""
+        return 1
+
     @abstractmethod
     def build(self, *, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
-        """Returns a module from (batch, in_channels, *spatial) to logits (batch, out_channels)."""
+        """Returns a module from (batch, in_channels, *spatial) to logits (batch, out_channels) of the case, or (batch,
+        out_channels, *spatial) of the voxels, as :attr:`output` says.
+        """
 
     def norm_layer(self, groups: int = 8) -> Any:
         """The norm in MONAI's notation; ``groups`` must divide every channel count of the network."""

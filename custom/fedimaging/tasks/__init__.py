@@ -9,8 +9,9 @@ from fedimaging.errors import FedImagingError
 from fedimaging.settings import parse
 from fedimaging.tasks.base import Item, Task, TaskSettings
 from fedimaging.tasks.classification import Classification
+from fedimaging.tasks.segmentation import Segmentation
 
-TASKS: dict[str, type[Task]] = {"classification": Classification}
+TASKS: dict[str, type[Task]] = {"classification": Classification, "segmentation": Segmentation}
 
 
 def make_task(raw: Any) -> Task:

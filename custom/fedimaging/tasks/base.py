@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedimaging.datasets.manifest import Case, Manifest
+from fedimaging.datasets.manifest import SPLITS, Case, Manifest
+from fedimaging.errors import FedImagingError, Reason
+from fedimaging.networks.base import Output
 from fedimaging.settings import Settings
 
 Item = dict[str, Tensor]
@@ -28,10 +30,15 @@ class Task(ABC):
     settings_type: ClassVar[type[TaskSettings]]
     key_metric: ClassVar[str]
     """The metric, larger is better, by which the best global model is picked."""
+    output: ClassVar[Output] = "case"
 
     spatial_dims: int
     in_channels: int
     out_channels: int
+    input_shape: tuple[int, ...]
+    """sides of what the network is trained on, in pixels or voxels"""
+    evaluation_batch: int | None = None
+    """cases that :meth:`outcomes` takes at once, 1 where their shapes differ; None for as many as in training"""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -47,6 +54,10 @@ class Task(ABC):
     @abstractmethod
     def load_key(self) -> str:
         """Names the settings that ``load`` depends on; part of the key of a cached item."""
+
+    def files(self, case: Case) -> tuple[str, ...]:
+        """The files and folders that ``load`` reads, relative to its root."""
+        return (case.image,)
 
     @abstractmethod
     def augmentation(self, seed: int) -> Callable[[Item], Item]:
@@ -71,9 +82,16 @@ class Task(ABC):
         """What the report says of a model on this site's test split: figures, intervals, curves, none of one case."""
 
     @abstractmethod
-    def case_result(self, outcome: Tensor) -> dict[str, Any]:
-        """One case's outcome in plain values, for the site's own report."""
+    def case_result(self, case: Case, outcome: Tensor) -> dict[str, Any]:
+        """One case's outcome (columns,) in plain values, for the site's own report."""
 
     def collate(self, items: Sequence[Item]) -> Item:
         """A batch of items."""
         return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+
+def require_splits(manifest: Manifest, where: str) -> None:
+    """Raises FedImagingError if a split of the manifest is empty; ``where`` is the file that the message names."""
+    for split in SPLITS:
+        if not manifest.split(split):
+            raise FedImagingError(f"{where}: the {split} split is empty; index more cases", Reason.TOO_FEW_CASES)

@@ -1,6 +1,5 @@
 """Classification of images: one class of several, or any number of findings (multi-label)."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,11 +13,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fedimaging.datasets.images import read_image
-from fedimaging.datasets.manifest import COVARIATES, Case, Manifest
+from fedimaging.datasets.manifest import Case, Manifest
 from fedimaging.errors import FedImagingError, Reason
 from fedimaging.settings import ClassName, Settings
 from fedimaging.tasks import statistics as stats
-from fedimaging.tasks.base import Item, Task, TaskSettings
+from fedimaging.tasks.base import Item, Task, TaskSettings, require_splits
 
 
 class AugmentationSettings(Settings):
@@ -62,6 +61,7 @@ class Classification(Task):
         self.in_channels = settings.channels
         self.out_channels = len(settings.classes)
         side = settings.image_size
+        self.input_shape = (side, side)
         # Normalised before it is padded, so that the border holds the mean and not another intensity.
         self._fit = Compose(
             [
@@ -88,9 +88,7 @@ class Classification(Task):
                 "rename it with `data index --rename` or run a job that knows it",
                 Reason.BAD_MANIFEST,
             )
-        for split in ("training", "validation", "test"):
-            if not manifest.split(split):
-                raise FedImagingError(f"{where}: the {split} split is empty; index more cases", Reason.TOO_FEW_CASES)
+        require_splits(manifest, where)
         if not settings.multi_label and len({case.label for case in manifest.training}) < 2:
             raise FedImagingError(
                 f"{where}: all training cases are of one class; at least two are needed", Reason.ONE_CLASS
@@ -98,6 +96,11 @@ class Classification(Task):
 
     def load(self, root: Path, case: Case) -> Item:
         image = torch.tensor(read_image(root / case.image, channels=self.settings.channels))
+        height, width = image.shape[-2:]
+        if max(height, width) > min(height, width) * self.settings.image_size:
+            raise FedImagingError(
+                f"{root / case.image}: {height} x {width} pixels is too narrow", Reason.UNREADABLE_IMAGES
+            )
         if not torch.isfinite(image).all():
             raise FedImagingError(f"{root / case.image}: pixels that are not finite numbers", Reason.UNREADABLE_IMAGES)
         fitted = convert_to_tensor(self._fit(image), dtype=torch.float32, track_meta=False)
@@ -189,6 +192,11 @@ class Classification(Task):
         }
         summary = self.metrics(outcomes, cases)
         values, bounds = self._macro_auroc(probabilities, truth, cases, seed)
+
+        def subgroup(chosen: stats.BoolArray, members: Sequence[Case]) -> dict[str, Any]:
+            figure, bounds = self._macro_auroc(probabilities[chosen], truth[chosen], members, seed)
+            return {"auroc": figure, "auroc_ci": bounds}
+
         multi = self.settings.multi_label
         confidence = probabilities.max(1) if not multi else probabilities.ravel()
         hits = np.asarray((self._decisions(probabilities) & truth).any(1))
@@ -204,12 +212,15 @@ class Classification(Task):
             }
             if summary
             else None,
-            "subgroups": self._subgroups(probabilities, truth, cases, seed),
+            "subgroups": stats.subgroups(cases, subgroup),
         }
 
-    def case_result(self, outcome: Tensor) -> dict[str, Any]:
+    def case_result(self, case: Case, outcome: Tensor) -> dict[str, Any]:
         probabilities = self._probabilities(outcome[None])[0]
-        return {name: round(float(p), 4) for name, p in zip(self.settings.classes, probabilities, strict=True)}
+        return {
+            "label": case.label if isinstance(case.label, str) else list(case.label),
+            "scores": {name: round(float(p), 4) for name, p in zip(self.settings.classes, probabilities, strict=True)},
+        }
 
     def _columns(self) -> list[int]:
         """The classes that are told from the rest; of a single-label pair the first is the second's complement."""
@@ -247,7 +258,7 @@ class Classification(Task):
             weights = stats.resample_weights(groups, seed)[:, cases] if shown else None
             figures[name] = round(float(hit[cases].mean()), 4) if shown else None
             figures[f"{name}_ci"] = (
-                None if weights is None else stats.interval(stats.resampled_rate(hit[cases], weights))
+                None if weights is None else stats.interval(stats.resampled_mean(hit[cases], weights))
             )
         if threshold is not None:
             figures["threshold"] = round(threshold, 3)
@@ -263,20 +274,3 @@ class Classification(Task):
         resampled = np.mean([stats.resampled_auroc(probabilities[:, c], truth[:, c], weights) for c in columns], axis=0)
         value = float(np.mean([stats.auroc(probabilities[:, c], truth[:, c]) for c in columns]))
         return round(value, 4), stats.interval(resampled)
-
-    def _subgroups(
-        self, probabilities: stats.FloatArray, truth: stats.BoolArray, cases: Sequence[Case], seed: int
-    ) -> dict[str, Any]:
-        groups: dict[str, Any] = {}
-        for covariate in COVARIATES:
-            values = [getattr(case, covariate) for case in cases]
-            # One small group withholds the covariate whole: the total less the others would give it away.
-            if set(values) <= {None} or min(Counter(values).values()) < stats.MIN_CELL:
-                continue
-            groups[covariate] = {}
-            for value in sorted(set(values) - {None}):
-                chosen = np.array([v == value for v in values])
-                members = [case for case, inside in zip(cases, chosen, strict=True) if inside]
-                figure, bounds = self._macro_auroc(probabilities[chosen], truth[chosen], members, seed)
-                groups[covariate][value] = {"cases": len(members), "auroc": figure, "auroc_ci": bounds}
-        return groups

@@ -1,11 +1,16 @@
 """Statistics that a site computes of its own cases, fit to leave it: intervals, binned curves, withheld small cells."""
 
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from monai.metrics import compute_roc_auc
 from numpy.typing import NDArray
+from scipy.stats.mstats import hdquantiles
+
+from fedimaging.datasets.manifest import COVARIATES, Case
 
 MIN_CELL = 5
 """No figure that leaves a site rests on fewer cases than this, of either class where there are two."""
@@ -55,16 +60,39 @@ def resampled_auroc(scores: FloatArray, positive: BoolArray, weights: FloatArray
         return ((w_pos @ wins) * w_neg).sum(1) / (w_pos.sum(1) * w_neg.sum(1))
 
 
-def resampled_rate(hit: BoolArray, weights: FloatArray) -> FloatArray:
-    """A proportion's value in each resample (resamples,)."""
+def resampled_mean(values: FloatArray | BoolArray, weights: FloatArray) -> FloatArray:
+    """A mean's or a proportion's value in each resample (resamples,); NaN where no case was drawn."""
     with np.errstate(invalid="ignore"):
-        return (weights * hit).sum(1) / weights.sum(1)
+        return (weights * values).sum(1) / weights.sum(1)
 
 
 def interval(values: FloatArray) -> Interval | None:
     """The 95 % percentile interval of resampled values, without the undefined ones."""
     finite = values[np.isfinite(values)]
     return None if finite.size == 0 else [round(float(q), 4) for q in np.quantile(finite, [0.025, 0.975])]
+
+
+def quantiles(values: FloatArray, probabilities: Sequence[float]) -> list[float]:
+    """Quantiles by Harrell and Davis (1982): each weighs all values, and is none of them, as a sample quantile is."""
+    return [round(float(q), 4) for q in hdquantiles(values, prob=list(probabilities))]
+
+
+def subgroups(
+    cases: Sequence[Case], figures: Callable[[BoolArray, Sequence[Case]], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Figures by covariate and its value; ``figures`` is given which cases (cases,) and these cases."""
+    groups: dict[str, dict[str, Any]] = {}
+    for covariate in COVARIATES:
+        values = [getattr(case, covariate) for case in cases]
+        # One small group withholds the covariate whole: the total less the others would give it away.
+        if set(values) <= {None} or min(Counter(values).values()) < MIN_CELL:
+            continue
+        groups[covariate] = {}
+        for value in sorted(set(values) - {None}):
+            chosen = np.array([v == value for v in values])
+            members = [case for case, inside in zip(cases, chosen, strict=True) if inside]
+            groups[covariate][value] = {"cases": len(members), **figures(chosen, members)}
+    return groups
 
 
 def roc_curve(scores: FloatArray, positive: BoolArray, bins: int = 20) -> dict[str, list[float]]:

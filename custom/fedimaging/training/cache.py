@@ -146,11 +146,15 @@ class CaseCache(Sequence[Item]):
             self._disk.put(self._key(case), item)
 
     def _key(self, case: Case) -> str:
-        """Changes with the file, the label and every setting that the loaded item depends on."""
-        path = self._root / case.image
-        status = path.stat()
-        parts = (self._task.load_key(), path.resolve(), status.st_mtime_ns, status.st_size, case.label)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        """Changes with the files, the label and every setting that the loaded item depends on."""
+        files = [_fingerprint(self._root / name) for name in self._task.files(case)]
+        return hashlib.sha256(repr((self._task.load_key(), files, case.label)).encode()).hexdigest()
+
+
+def _fingerprint(path: Path) -> list[tuple[str, int, int]]:
+    """Place, time and size of a file, or of each file in a folder."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path] * path.exists()
+    return [(str(file.resolve()), (status := file.stat()).st_mtime_ns, status.st_size) for file in files]
 
 
 def item_bytes(item: Item) -> int:

@@ -126,8 +126,19 @@ class Site:
                 seen, steps = seen + len(items), steps + 1
             losses.append(total / seen)
             self._report({"stage": "training", "round": round_number, "epoch": epoch, "loss": losses[-1]})
+        if seen < MIN_CELL:
+            raise FedImagingError(
+                f"{self.dataset.name}: a round on {seen} cases tells of single patients; give at least {MIN_CELL}",
+                Reason.TOO_FEW_CASES,
+            )
+        trained = {key: value.detach().cpu().clone() for key, value in self.network.state_dict().items()}
+        if not all(torch.isfinite(value).all() for value in trained.values()):
+            raise FedImagingError(
+                f"{self.dataset.name}: the trained weights are not finite; lower training.learning_rate",
+                Reason.NOT_FINITE,
+            )
         return RoundResult(
-            state={key: value.detach().cpu().clone() for key, value in self.network.state_dict().items()},
+            state=trained,
             cases=seen,
             steps=steps,
             epoch_losses=losses,
@@ -175,22 +186,27 @@ class Site:
             self._load_state(state)
             self.network.eval()
             rows = []
+            size = self.task.evaluation_batch or self.settings.training.batch_size
             with torch.inference_mode():
-                for start in range(0, len(data), self.settings.training.batch_size):
+                for start in range(0, len(data), size):
                     self._stop_if_told()
-                    stop = min(start + self.settings.training.batch_size, len(data))
-                    batch = self._batch([data[i] for i in range(start, stop)])
-                    with self.precision.autocast():
-                        rows.append(self.task.outcomes(self.network, batch).cpu())
-            outcomes = torch.cat(rows)
-            if not torch.isfinite(outcomes).all():
-                raise FedImagingError(
-                    f"{split}: the network's outputs are not finite; lower the learning rate", Reason.NOT_FINITE
-                )
+                    batch = self._batch([data[i] for i in range(start, min(start + size, len(data)))])
+                    rows.append(self.task.outcomes(self._predict, batch).cpu())
             if len(self._outcomes) > 8:
                 self._outcomes.clear()
-            self._outcomes[key] = outcomes
+            self._outcomes[key] = torch.cat(rows)
         return self._outcomes[key]
+
+    def _predict(self, images: Tensor) -> Tensor:
+        """The network's outputs in float32."""
+        with self.precision.autocast():
+            outputs: Tensor = self.network(self.precision.place(images)).float()
+        if not torch.isfinite(outputs).all():
+            raise FedImagingError(
+                f"{self.dataset.name}: the network's outputs are not finite; lower training.learning_rate",
+                Reason.NOT_FINITE,
+            )
+        return outputs
 
     def _step(self, optimizer: torch.optim.Optimizer, loss_function: nn.Module, items: Sequence[Any]) -> float:
         batch = self._batch(items)
@@ -321,8 +337,7 @@ def case_results(site: Site, outcomes: Tensor, split: str) -> list[dict[str, Any
         {
             "image": case.image,
             "patient": case.patient,
-            "label": case.label if isinstance(case.label, str) else list(case.label),
-            "scores": site.task.case_result(outcome),
+            **site.task.case_result(case, outcome),
         }
         for case, outcome in zip(cases, outcomes, strict=True)
     ]

@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fedimaging.networks import NetworkSettings, network_settings
+from fedimaging.errors import FedImagingError
+from fedimaging.networks import NETWORKS, NetworkSettings, network_settings
 from fedimaging.settings import Name, Settings, parse
 from fedimaging.tasks import Task, make_task
 
@@ -62,6 +63,7 @@ class JobSettings:
         self.network: NetworkSettings = network_settings(shape.network)
         self.training: TrainingSettings = shape.training
         self.seed: int = shape.seed
+        self._check_fit()
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, defaults filled in."""
@@ -72,3 +74,14 @@ class JobSettings:
             "training": self.training.model_dump(),
             "seed": self.seed,
         }
+
+    def _check_fit(self) -> None:
+        """The network gives what the task learns, and takes inputs of the task's size."""
+        name, wanted = self.network.name, self.task.output
+        if self.network.output != wanted:
+            fitting = ", ".join(sorted(n for n, settings in NETWORKS.items() if settings.output == wanted))
+            raise FedImagingError(f"network.name: {name} gives no output for each {wanted}; choose one of {fitting}")
+        if any(side % self.network.divisor for side in self.task.input_shape):
+            raise FedImagingError(
+                f"task: {name} takes sides that are multiples of {self.network.divisor}; change the size of its inputs"
+            )
