@@ -18,7 +18,7 @@ from pydicom import dcmread
 from fedimaging.cli import main
 from fedimaging.datasets.manifest import SPLITS, Manifest
 from fedimaging.datasets.synthetic import synthesize
-from fedimaging.simulator import stop_process_tree
+from fedimaging.simulator import simulator_command, stop_process_tree
 
 pytestmark = pytest.mark.federation
 
@@ -165,6 +165,23 @@ def test_without_the_workspace_the_classes_are_not_authorized(tmp_path):
     )  # fmt: skip
     assert "not authorized" in done.stdout + done.stderr
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_job_that_asks_for_an_environment_variable_is_refused_by_the_sites(hospitals, tmp_path):
+    job, workspace = tmp_path / "job", tmp_path / "w"
+    shutil.copytree(JOB, job)
+    config = job / "app/config/config_fed_client.json"
+    config.write_text(config.read_text().replace('"effusion"', '"effusion", "{$FEDIMAGING_TEST_SECRET}"'))
+    fedimaging("workspace", workspace, "--data", hospitals)
+    subprocess.run(
+        [sys.executable, "-m", "nvflare.cli", *simulator_command(job, workspace, SITES)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FEDIMAGING_TEST_SECRET": "ghpA1b2C3d4"},
+        capture_output=True, timeout=200, check=False,
+    )  # fmt: skip
+    _, *refusals = records(workspace)
+    assert {record["reason"] for record in refusals} == {"bad_setting"}
+    for path in (workspace / "server").rglob("*"):
+        assert not path.is_file() or b"ghpA1b2C3d4" not in path.read_bytes()
 
 
 def test_a_site_that_refuses_is_told_by_code_and_the_job_goes_on_with_the_others(without_one, tmp_path):
