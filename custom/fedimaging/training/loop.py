@@ -73,7 +73,7 @@ class Site:
         self.settings, self.task, self.dataset = settings, settings.task, dataset
         self.aborted, self._report = aborted, report
         self.task.check(dataset.manifest, str(dataset.manifest_path))
-        self.precision = Precision.choose(settings.training.precision)
+        self.precision = Precision.choose(settings.training.precision, settings.deepest())
         network = build_network(
             settings.network,
             spatial_dims=self.task.spatial_dims,

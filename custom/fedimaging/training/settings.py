@@ -75,6 +75,10 @@ class JobSettings:
             "seed": self.seed,
         }
 
+    def deepest(self) -> list[int]:
+        """Sides of the network's smallest features, for the task's inputs."""
+        return [side // self.network.divisor for side in self.task.input_shape]
+
     def _check_fit(self) -> None:
         """The network gives what the task learns, and takes inputs of the task's size."""
         name, wanted = self.network.name, self.task.output
