@@ -48,7 +48,7 @@ _CODE_SUFFIXES = (".py", ".pyc", ".pyo", ".pyd", ".so", ".pth", ".sh", ".egg")
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _RUNTIME = re.compile(
     r"(?:error_log|log|log_fl)\.txt(?:\.\d+)?|log\.json(?:\.\d+)?|audit\.log(?:\.\d+)?|"
-    rf"(?:pid|daemon_pid|restart|shutdown)\.fl|study_registry\.json|{_UUID}(?:/.*)?|transfer/.*"
+    rf"(?:pid|daemon_pid|restart|shutdown)\.fl|\.admin_cli_history|study_registry\.json|{_UUID}(?:/.*)?|transfer/.*"
 )
 """what FLARE writes beside startup/ and local/ while it runs"""
 

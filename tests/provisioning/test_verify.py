@@ -126,6 +126,7 @@ def test_an_extra_file_is_told_by_name(kit, findings, name):
         "audit.log",
         "pid.fl",
         "daemon_pid.fl",
+        ".admin_cli_history",
         "transfer/job/app.py",
         f"{UUID}/rounds.jsonl",
         f"{UUID}/app_hospital-a/config/config_fed_client.json",
