@@ -15,6 +15,7 @@ from fedimaging.federation.executor import TrainerExecutor
 from fedimaging.federation.persistor import NetworkPersistor
 from fedimaging.federation.protocol import PERSISTOR_ID
 from fedimaging.federation.workflow import FederatedAveraging
+from fedimaging.version import needed_by_jobs
 
 CHEST_XRAY: dict[str, Any] = {
     "dataset": "chest_xray",
@@ -33,14 +34,14 @@ def fedavg(name: str, settings: dict[str, Any], *, rounds: int, min_clients: int
     """FedAvg over all sites, then the best and the last model on every site's test split."""
     job = FedJob(name=name, min_clients=min_clients)
     job.job.set_app_packages(["fedimaging"])
-    job.to_server(FederatedAveraging(num_rounds=rounds, min_clients=min_clients))
+    job.to_server(FederatedAveraging(num_rounds=rounds, min_clients=min_clients, fedimaging=needed_by_jobs()))
     job.to_server(CrossSiteEvaluation())
     # Sites ask for their next task five times a second; FLARE asks every two seconds, which idles in every round.
     job.to_server({"server": {"task_request_interval": 0.2}})
     job.to_server(
         NetworkPersistor(task=settings["task"], network=settings["network"], seed=settings["seed"]), id=PERSISTOR_ID
     )
-    job.to_clients(TrainerExecutor(**settings))
+    job.to_clients(TrainerExecutor(**settings, fedimaging=needed_by_jobs()))
     return job
 
 

@@ -6,7 +6,6 @@ They work under ``python -m provisioning build`` and, unsigned and with FLARE's 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -30,16 +29,15 @@ from fedimaging.datasets.site import SITE_FILE
 from fedimaging.errors import FedImagingError
 from fedimaging.federation import policy
 from fedimaging.federation.protocol import START_MODELS_FILE
+from fedimaging.version import PACKAGE, SOURCE_SUFFIXES, tree_hash
 from provisioning.keys import CLOCK_SKEW, new_rsa_key
 from provisioning.kit import CODE_KEY, FORMAT, MANIFEST, SIGNATURE, code_fingerprint, hash_file, root_fingerprint
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 GUIDE = "GUIDE.md"
 TEMPLATES = Path(__file__).with_name("templates")
-PACKAGE = Path(fedimaging.__file__).parent
 PACKAGE_NAME = PACKAGE.name
 
-_SOURCES = {".py", ".html", ".css", ".typed"}
 _SITE_OWNED = ("resources.json", "authorization.json", "log_config.json", SITE_FILE, START_MODELS_FILE, "privacy.json")
 _DELIVERED_STORAGE = "/var/lib/fedimaging"
 
@@ -166,20 +164,10 @@ def package_sources() -> dict[str, Path]:
         name = path.relative_to(PACKAGE)
         if "__pycache__" in name.parts or (path.is_dir() and not path.is_symlink()):
             continue
-        if path.is_symlink() or path.suffix not in _SOURCES:
+        if path.is_symlink() or path.suffix not in SOURCE_SUFFIXES:
             raise FedImagingError(f"{path}: no source file of the package; remove it before kits are built")
         sources[name.as_posix()] = path
     return sources
-
-
-def package_hash() -> str:
-    """SHA-256 over names and contents of the package's sources; what a hospital reviews once."""
-    return tree_hash({name: hash_file(path) for name, path in package_sources().items()})
-
-
-def tree_hash(files: dict[str, str]) -> str:
-    """SHA-256 of the lines ``<sha256>  <name>`` sorted by name, as ``sha256sum`` writes them."""
-    return hashlib.sha256("".join(f"{files[name]}  {name}\n" for name in sorted(files)).encode()).hexdigest()
 
 
 def copy_package(folder: Path) -> None:

@@ -7,6 +7,7 @@ class Reason(StrEnum):
     """Why a site refused. A code and nothing else may leave the site: no path, name or value."""
 
     BAD_SETTING = "bad_setting"
+    WRONG_VERSION = "wrong_version"
     NO_DATASET = "no_dataset"
     BAD_MANIFEST = "bad_manifest"
     UNREADABLE_IMAGES = "unreadable_images"

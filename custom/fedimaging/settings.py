@@ -10,6 +10,10 @@ from fedimaging.errors import FedImagingError, Reason
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 ClassName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _+-]{0,63}$")]
+_CLAUSE = r"(?:~=|==|!=|<=|>=|<|>)[0-9][0-9a-z.]{0,31}"
+Specifier = Annotated[str, StringConstraints(pattern=rf"^{_CLAUSE}(?:,{_CLAUSE}){{0,3}}$")]
+"""the versions of this package that a job runs on, a PEP 440 specifier such as ``~=0.1.0`` or ``>=0.1,<0.2``"""
+ANY_VERSION = ">=0"
 
 
 class Settings(BaseModel):

@@ -25,10 +25,12 @@ TASK = {"name": "classification", "classes": ["normal", "pneumonia"], "image_siz
 NETWORK = {"name": "ResNet18"}
 GOOD: dict[str, dict[str, object]] = {
     "fedimaging.federation.evaluation.CrossSiteEvaluation": {"timeout": 60},
-    "fedimaging.federation.workflow.FederatedAveraging": {"num_rounds": 1, "min_clients": 1, "straggler_wait": 60},
+    "fedimaging.federation.workflow.FederatedAveraging": {
+        "num_rounds": 1, "min_clients": 1, "straggler_wait": 60, "fedimaging": "~=0.1.0"
+    },
     "fedimaging.federation.persistor.NetworkPersistor": {"task": TASK, "network": NETWORK, "seed": 0},
     "fedimaging.federation.executor.TrainerExecutor": {
-        "dataset": "chest_xray", "task": TASK, "network": NETWORK, "training": {}, "seed": 0
+        "dataset": "chest_xray", "task": TASK, "network": NETWORK, "training": {}, "seed": 0, "fedimaging": "~=0.1.0"
     },
 }  # fmt: skip
 COMMAND = "touch /tmp/fedimaging-was-here"
@@ -93,7 +95,9 @@ def build(path, arguments):
 def use(component, tmp_path):
     """What the component does with its settings when a job starts. Returns the message of the refusal."""
     if hasattr(component, "dataset"):
-        settings = {name: getattr(component, name) for name in ("dataset", "task", "network", "training", "seed")}
+        settings = {
+            name: getattr(component, name) for name in ("dataset", "task", "network", "training", "seed", "fedimaging")
+        }
         with pytest.raises(FedImagingError) as caught:
             Session(settings, "hospital-a", tmp_path, tmp_path).site  # noqa: B018
         return str(caught.value)

@@ -15,10 +15,12 @@ import pytest
 import torch
 from pydicom import dcmread
 
+from fedimaging import __version__
 from fedimaging.cli import main
 from fedimaging.datasets.manifest import SPLITS, Manifest
 from fedimaging.datasets.synthetic import synthesize
 from fedimaging.simulator import simulator_command, stop_process_tree
+from fedimaging.version import needed_by_jobs, package_hash
 
 pytestmark = pytest.mark.federation
 
@@ -113,6 +115,45 @@ def test_the_models_are_the_job_s_network_in_float32_without_counters(plain_run)
         assert {value.dtype for value in state.values()} == {torch.float32}
         assert any("running_var" in key for key in state)
         assert not any("num_batches_tracked" in key for key in state)
+
+
+def test_what_each_site_runs_is_recorded(plain_run):
+    start, first, *_ = records(plain_run[0])
+    package = {"version": __version__, "sha256": package_hash()}
+    assert (start["versions"]["fedimaging"], start["versions"]["fedimaging_sha256"]) == tuple(package.values())
+    assert {site: record["fedimaging"] for site, record in first["sites"].items()} == dict.fromkeys(SITES, package)
+    log = (plain_run[0] / "hospital-a/log.txt").read_text()
+    assert f"fedimaging {__version__} ({package_hash()})" in log
+
+
+def job_that_needs(version, folder, *parts):
+    """A copy of the job whose server or sites need another version."""
+    shutil.copytree(JOB, folder)
+    for part in parts:
+        config = folder / f"app/config/config_fed_{part}.json"
+        text = config.read_text()
+        assert f'"fedimaging": "{needed_by_jobs()}"' in text
+        config.write_text(text.replace(f'"fedimaging": "{needed_by_jobs()}"', f'"fedimaging": "{version}"'))
+    return folder
+
+
+@pytest.mark.parametrize("part", ["client", "server"])
+def test_a_job_that_needs_another_version_is_refused_before_the_first_round(hospitals, tmp_path, part):
+    job, workspace = job_that_needs(">=99", tmp_path / "job", part), tmp_path / "w"
+    fedimaging("workspace", workspace, "--data", hospitals)
+    done = subprocess.run(
+        [sys.executable, "-m", "nvflare.cli", *simulator_command(job, workspace, SITES)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    if part == "server":
+        assert f"the job needs fedimaging >=99, and this is {__version__}" in done.stdout + done.stderr
+        assert not (workspace / "server/simulate_job/rounds.jsonl").exists()
+        return
+    start, *refusals = records(workspace)
+    assert start["event"] == "start"
+    assert {(record["event"], record["round"], record["reason"]) for record in refusals} == {
+        ("refused", 0, "wrong_version")
+    }
 
 
 def test_scalars_go_to_tensorboard(plain_run):
@@ -280,6 +321,7 @@ def mistake(capsys, *arguments):
         (["--sites", "hospital-x"], "no site hospital-x"),
         (["--sites", "hospital-a"], "1 sites, and the job needs 2"),
         (["--set", "dataset=mammography"], "mammography"),
+        (["--set", "fedimaging=>=99"], "the job needs fedimaging >=99"),
         (["--set", "task.classes=normal,pneumonia"], "'consolidation' is not one of the job's"),
         (["--start-from", "no-such.pt"], "no such model file"),
     ],

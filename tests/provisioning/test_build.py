@@ -15,6 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedimaging import __version__
 from fedimaging.errors import FedImagingError
 from fedimaging.federation.policy import ALLOWED_CLASSES
+from fedimaging.version import package_hash
 from provisioning import builders
 from provisioning.cli import main
 from provisioning.federation import Federation, build
@@ -70,7 +71,7 @@ def test_the_manifest_says_version_and_hash_of_the_package(made):
         "find . -type f | sed 's#^./##' | LC_ALL=C sort | xargs sha256sum | sha256sum",
         shell=True, cwd=kit / "local/custom/fedimaging", capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert package["sha256"] == lines.stdout.split()[0] == builders.package_hash()
+    assert package["sha256"] == lines.stdout.split()[0] == package_hash()
 
 
 def test_something_that_is_no_source_stops_the_build(tmp_path, monkeypatch):

@@ -16,10 +16,12 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor, ExecutionMode
 from nvflare.client.config import ExchangeFormat
 
+from fedimaging import __version__
 from fedimaging.errors import Reason
 from fedimaging.federation.protocol import REASON_HEADER, SIMULATED_JOB_ID
 from fedimaging.federation.session import Session
-from fedimaging.settings import holds_placeholder
+from fedimaging.settings import ANY_VERSION, holds_placeholder
+from fedimaging.version import package_hash
 
 _SCRIPT = Path(__file__).with_name("client_loop.py")
 
@@ -32,13 +34,14 @@ class TrainerExecutor(ClientAPIExecutor):
     learns the code ``bad_setting``.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 (FLARE names them)
         self,
         dataset: str,
         task: dict[str, Any],
         network: dict[str, Any],
         training: dict[str, Any],
         seed: int,
+        fedimaging: str = ANY_VERSION,
     ) -> None:
         super().__init__(
             execution_mode=ExecutionMode.IN_PROCESS,
@@ -47,6 +50,7 @@ class TrainerExecutor(ClientAPIExecutor):
             server_expected_format=ExchangeFormat.RAW,
         )
         self.dataset, self.task, self.network, self.training, self.seed = dataset, task, network, training, seed
+        self.fedimaging = fedimaging
         self._session: Session | None = None
         self._placeholder = False
 
@@ -56,7 +60,7 @@ class TrainerExecutor(ClientAPIExecutor):
             # FLARE has replaced placeholders by now: only the deployed file still tells that a job asked for them.
             self._placeholder = holds_placeholder(deployed_config(fl_ctx, "config_fed_client.json"))
             _share_cores(fl_ctx)
-            self.log_info(fl_ctx, f"{torch.get_num_threads()} CPU threads")
+            self.log_info(fl_ctx, f"fedimaging {__version__} ({package_hash()}), {torch.get_num_threads()} CPU threads")
         super().handle_event(event_type, fl_ctx)
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
@@ -75,7 +79,9 @@ class TrainerExecutor(ClientAPIExecutor):
 
     def _open_session(self, fl_ctx: FLContext) -> Session:
         workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
-        settings = {name: getattr(self, name) for name in ("dataset", "task", "network", "training", "seed")}
+        settings = {
+            name: getattr(self, name) for name in ("dataset", "task", "network", "training", "seed", "fedimaging")
+        }
         return Session(
             settings,
             site=fl_ctx.get_identity_name(),

@@ -70,6 +70,8 @@ class JobFolder:
         unequal = [name for name in _SHARED if self._executor.get(name) != self._persistor.get(name)]
         if unequal:
             raise _bad(self.path / _SERVER, f"{unequal[0]!r} differs from the one in {_CLIENT}; make them equal")
+        if self._executor.get("fedimaging") != self._workflow.get("fedimaging"):
+            raise _bad(self.path / _SERVER, f"'fedimaging' differs from the one in {_CLIENT}; make them equal")
         return JobSettings(self._executor)
 
     def override(self, changes: Mapping[str, Any]) -> None:
@@ -81,7 +83,8 @@ class JobFolder:
                 if first == "min_clients":
                     self.meta["min_clients"] = value
             elif first in self._executor:
-                for owner in (self._executor, self._persistor) if first in _SHARED else (self._executor,):
+                other = self._persistor if first in _SHARED else self._workflow if first == "fedimaging" else None
+                for owner in (self._executor, other) if other is not None else (self._executor,):
                     _assign(owner, [first, *rest], value, name)
             else:
                 known = ", ".join([*_WORKFLOW_NAMES, *self._executor])

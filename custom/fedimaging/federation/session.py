@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from fedimaging import __version__
 from fedimaging.datasets.site import resolve
 from fedimaging.errors import FedImagingError, Reason
 from fedimaging.federation.protocol import PROGRESS_FILE, SITE_REPORT_FILE
 from fedimaging.training.loop import AbortedError, RoundResult, Site, case_results, exchanged
 from fedimaging.training.settings import JobSettings
+from fedimaging.version import package_hash
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ class Session:
         return self._last_state
 
     def figures(self, result: RoundResult) -> dict[str, Any]:
-        """A round's figures beside the metrics: counts, losses, seconds, memory."""
+        """A round's figures beside the metrics: counts, losses, seconds, memory, and which package made them."""
         return {
             "cases": result.cases,
             "seconds": round(result.seconds, 3),
@@ -89,6 +91,7 @@ class Session:
             "epoch_losses": result.epoch_losses,
             "skipped": self.site.skipped(),
             "peak_memory": peak_memory(),
+            "fedimaging": {"version": __version__, "sha256": package_hash()},
         }
 
     def refuse(self, error: Exception) -> None:

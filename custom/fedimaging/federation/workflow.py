@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import re
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -22,13 +23,14 @@ from nvflare.app_common.workflows.fedavg import FedAvg
 from pydantic import Field
 
 from fedimaging import __version__
-from fedimaging.errors import Reason
+from fedimaging.errors import FedImagingError, Reason
 from fedimaging.federation.executor import deployed_config
 from fedimaging.federation.persistor import NetworkPersistor
 from fedimaging.federation.protocol import PERSISTOR_ID, REASON_HEADER, REPORT, ROUNDS_FILE, VALIDATE_LAST
 from fedimaging.federation.selection import ModelSelection, vote
 from fedimaging.federation.session import peak_memory
-from fedimaging.settings import Settings, holds_placeholder, parse
+from fedimaging.settings import ANY_VERSION, Settings, Specifier, holds_placeholder, parse
+from fedimaging.version import package_hash, require
 
 _POLL_SECONDS = 0.1
 
@@ -39,6 +41,8 @@ class WorkflowSettings(Settings):
     """sites that must contribute to a round; with fewer the job ends"""
     straggler_wait: Annotated[int, Field(ge=1, le=7 * 24 * 3600)] = 3600
     """seconds to wait for the other sites once so many have answered"""
+    fedimaging: Specifier = ANY_VERSION
+    """the version of this package that the job needs"""
 
 
 class FederatedAveraging(FedAvg):
@@ -50,12 +54,20 @@ class FederatedAveraging(FedAvg):
     scalars go to TensorBoard there.
     """
 
-    def __init__(self, num_rounds: int, min_clients: int, straggler_wait: int = 3600) -> None:
+    def __init__(
+        self, num_rounds: int, min_clients: int, straggler_wait: int = 3600, fedimaging: str = ANY_VERSION
+    ) -> None:
         settings = parse(
             WorkflowSettings,
-            {"num_rounds": num_rounds, "min_clients": min_clients, "straggler_wait": straggler_wait},
+            {
+                "num_rounds": num_rounds,
+                "min_clients": min_clients,
+                "straggler_wait": straggler_wait,
+                "fedimaging": fedimaging,
+            },
             "workflow",
         )
+        self.fedimaging = settings.fedimaging
         super().__init__(
             num_clients=None,
             num_rounds=settings.num_rounds,
@@ -72,6 +84,11 @@ class FederatedAveraging(FedAvg):
 
     def run(self) -> None:
         self._started = self._round_started = time.monotonic()
+        try:
+            require(self.fedimaging)
+        except FedImagingError as error:
+            self.panic(str(error))
+            return
         persistor = self.persistor
         if not isinstance(persistor, NetworkPersistor):
             self.panic(f"the job's component {PERSISTOR_ID!r} must be a NetworkPersistor")
@@ -212,6 +229,7 @@ class FederatedAveraging(FedAvg):
                 "start_from": persistor.start_from,
                 "versions": {
                     "fedimaging": __version__,
+                    "fedimaging_sha256": package_hash(),
                     **{name: version(name) for name in ("nvflare", "torch", "monai")},
                     "python": platform.python_version(),
                 },
@@ -281,7 +299,15 @@ def _site_record(result: FLModel, key_metric: str) -> dict[str, Any]:
         "votes": ballot[1] if ballot else 0,
         "skipped": int(figures.get("skipped", 0)),
         "peak_memory": int(figures.get("peak_memory", 0)),
+        "fedimaging": _package(report.get("fedimaging")),
     }
+
+
+def _package(said: Any) -> dict[str, str] | None:
+    """The version and hash of the package that a site says it runs; None where it says nothing of that form."""
+    patterns = {"version": r"[0-9A-Za-z.+-]{1,64}", "sha256": r"[0-9a-f]{64}"}
+    known = isinstance(said, dict) and all(re.fullmatch(p, str(said.get(name))) for name, p in patterns.items())
+    return {name: str(said[name]) for name in patterns} if known else None
 
 
 def _is_finite(value: Any) -> bool:

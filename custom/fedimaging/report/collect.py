@@ -34,6 +34,7 @@ WIDE_INTERVAL = 0.2
 LABELS = {"auroc": "AUROC", "mean_dice": "mean Dice", "dice": "Dice", "hd95": "HD95", "f1": "F1"}
 REASONS: dict[str, str] = {
     Reason.BAD_SETTING: "a setting of the job was refused",
+    Reason.WRONG_VERSION: "the site runs another version of fedimaging than the job needs",
     Reason.NO_DATASET: "the site has no dataset of that name",
     Reason.BAD_MANIFEST: "the site's manifest was not valid",
     Reason.UNREADABLE_IMAGES: "too many images could not be read",
@@ -106,7 +107,7 @@ def collect(workspace: Path, site: str | None = None) -> dict[str, Any]:
         "macro_mean": {name: macro_mean(evaluations, key) for name, evaluations in models.items()},
         "cases": _cases(sites, log, models),
         "resources": _resources(log),
-        "versions": to_mapping(log.start.get("versions")),
+        "versions": to_mapping(log.start.get("versions")) | _packages(log),
         "settings": _settings(run),
         "overrides": to_mapping(simulate.get("overrides")),
         "command": to_text(simulate.get("command")),
@@ -353,6 +354,17 @@ def _settings(run: Path | None) -> dict[str, Any]:
     return settings
 
 
+def _packages(log: Log) -> dict[str, Any]:
+    """The package that each site said it ran, as it was last told: ``{"sites": {site: "version (hash)"}}``."""
+    said: dict[str, str] = {}
+    for event in log.rounds:
+        for site, result in to_mapping(event.get("sites")).items():
+            package = to_mapping(to_mapping(result).get("fedimaging"))
+            if package:
+                said[site] = f"{to_text(package.get('version'))} ({to_text(package.get('sha256'))})"
+    return {"sites": said} if said else {}
+
+
 def _problems(report: dict[str, Any], simulate: dict[str, Any]) -> list[str]:
     """What is missing from the run, one sentence each."""
     job, models = report["job"], report["cross_site"]
@@ -372,6 +384,10 @@ def _problems(report: dict[str, Any], simulate: dict[str, Any]) -> list[str]:
         )
     elif absent:
         problems.append(f"No test results came from {_listing(absent)}.")
+    packages = to_mapping(report["versions"].get("sites"))
+    if len(set(packages.values())) > 1:
+        said = "; ".join(f"{site} {package}" for site, package in sorted(packages.items()))
+        problems.append(f"The hospitals did not all run the same fedimaging: {said}.")
     if simulate.get("ok") is False:
         problems.append("The simulation was recorded as failed.")
     return problems + [f"The simulation reported: {error}" for error in to_names(simulate.get("errors"))]

@@ -1,13 +1,15 @@
 """Everything that a job may set, typed: the job's own words for dataset, task, network and local training."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from fedimaging.errors import FedImagingError
 from fedimaging.networks import NETWORKS, NetworkSettings, network_settings
-from fedimaging.settings import Name, Settings, parse
+from fedimaging.settings import ANY_VERSION, Name, Settings, Specifier, parse
 from fedimaging.tasks import Task, make_task
+from fedimaging.version import require
 
 
 class TrainingSettings(Settings):
@@ -47,16 +49,21 @@ class _JobShape(SeedSettings):
     task: dict[str, Any]
     network: dict[str, Any]
     training: TrainingSettings = TrainingSettings()
+    fedimaging: Specifier = ANY_VERSION
 
 
 class JobSettings:
     """A job's settings, validated: ``dataset`` (a logical name), ``task``, ``network``, ``training`` and ``seed``.
 
+    The version that the job needs (``fedimaging``) is looked at first: other versions know other settings.
+
     Raises:
-        FedImagingError: BAD_SETTING, naming the setting that is wrong or unknown, never its value.
+        FedImagingError: BAD_SETTING, naming the setting that is wrong or unknown, never its value; WRONG_VERSION.
     """
 
     def __init__(self, raw: Any) -> None:
+        if isinstance(raw, Mapping):
+            require(raw.get("fedimaging", ANY_VERSION))
         shape = parse(_JobShape, raw, "job")
         self.dataset: str = shape.dataset
         self.task: Task = make_task(shape.task)
