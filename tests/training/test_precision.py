@@ -46,3 +46,20 @@ def test_gradients_agree_with_float32(sides, stride):
         outputs.float().square().mean().backward()
         gradients.append(layer.weight.grad)
     assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
+
+
+def test_group_norm_is_the_same_and_keeps_the_layout():
+    torch.manual_seed(0)
+    image = torch.randn(2, 16, 4, 6, 5)
+    results = []
+    for name in ("float32", "bfloat16"):
+        how = Precision.choose(name, [4, 6, 5])
+        layer = how.place_network(nn.GroupNorm(8, 16), 3)
+        kind = torch.bfloat16 if how.bfloat16 else torch.float32
+        inputs = how.place(image).to(kind).detach().requires_grad_()
+        outputs = layer(inputs)
+        (outputs.float() * image).sum().backward()
+        results.append((outputs.float(), inputs.grad.float(), layer.weight.grad, layer.bias.grad))
+        assert outputs.is_contiguous(memory_format=torch.channels_last_3d) == how.bfloat16
+    for expected, found in zip(*results, strict=True):
+        assert (expected - found).norm() < 0.02 * expected.norm()

@@ -51,12 +51,25 @@ class Precision:
         return value.to(self.device, memory_format=self._layout(value.ndim - 2))
 
     def place_network(self, network: nn.Module, spatial_dims: int) -> nn.Module:
-        return network.to(self.device, memory_format=self._layout(spatial_dims))  # type: ignore[call-overload]
+        layout = self._layout(spatial_dims)
+        if self.bfloat16 and self.device.type == "cpu":
+            _keep_group_norm_contiguous(network, layout)
+        return network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
 
     def _layout(self, spatial_dims: int) -> torch.memory_format:
         if not self.bfloat16:
             return torch.contiguous_format
         return torch.channels_last if spatial_dims == 2 else torch.channels_last_3d
+
+
+def _keep_group_norm_contiguous(network: nn.Module, layout: torch.memory_format) -> None:
+    """Copies to contiguous memory and back: without, torch 2.13's gradient of a group norm is five times slower on a
+    CPU, and it was 44 % of a SegResNet's time.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+            module.register_forward_hook(lambda _, __, output: output.contiguous(memory_format=layout))
 
 
 def _fast_bfloat16(device: torch.device) -> bool:
