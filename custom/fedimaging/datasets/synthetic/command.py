@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +25,55 @@ from rich.progress import track
 from rich.table import Table
 
 from fedimaging.datasets.manifest import SPLITS, Manifest
-from fedimaging.datasets.synthetic.hospitals import MOST_SITES, Hospital, Item, Plan, Request, typical_hospitals
+from fedimaging.datasets.synthetic.brains import plan_brains, typical_brain_hospitals
+from fedimaging.datasets.synthetic.hospitals import MOST_SITES, Item, Named, Plan, Request, typical_hospitals
 from fedimaging.datasets.synthetic.radiographs import plan_chest
 from fedimaging.errors import FedImagingError, Reason
 
-SIZES = {"small": 256, "full": 1024}
-CASES = (480, 400, 320)
+SIZES = ("small", "full")
 FEWEST_CASES = 12
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
-TASKS: dict[str, Callable[[Hospital, int, int, Request], Plan]] = {"classification": plan_chest}
-"""Task -> what plans it for one hospital, from the hospital, its number, its cases and the request."""
+
+@dataclass(frozen=True)
+class Kind:
+    """What is made for one task.
+
+    Args:
+        dataset: its usual name.
+        cases: usual number of cases of the hospitals in turn.
+        sizes: pixels or voxels on the longer side, by the names of `SIZES`.
+        largest: of the longer side.
+        hospitals: the first so many typical hospitals.
+        plan: what will be made for one hospital, from the hospital, its number, its cases and the request.
+    """
+
+    dataset: str
+    cases: tuple[int, ...]
+    sizes: tuple[int, int]
+    largest: int
+    hospitals: Callable[[int], Sequence[Named]]
+    plan: Callable[[Any, int, int, Request], Plan]
+
+    def size(self, name: str) -> int:
+        return self.sizes[SIZES.index(name)]
+
+
+TASKS = {
+    "classification": Kind("chest_xray", (480, 400, 320), (256, 1024), 4096, typical_hospitals, plan_chest),
+    "segmentation": Kind("brain_lesion", (80, 60, 50), (64, 192), 256, typical_brain_hospitals, plan_brains),
+}
 
 
 def synthesize(
     root: Path,
     *,
     task: str = "classification",
-    dataset: str = "chest_xray",
-    hospitals: Sequence[Hospital] | int = 3,
+    dataset: str | None = None,
+    hospitals: Sequence[Named] | int = 3,
     cases: Sequence[int] | int | None = None,
-    longer: int = SIZES["small"],
+    longer: int | None = None,
     multi_label: bool = False,
     seed: int = 0,
     force: bool = False,
@@ -59,9 +87,10 @@ def synthesize(
     Args:
         root: the data root; made if missing.
         task: one of `TASKS`.
+        dataset: its name; by default the task's usual one, as with `cases` and `longer`.
         hospitals: the hospitals, or how many typical ones.
-        cases: per hospital, or one number for all; by default 260, 200 and 140 in turn.
-        longer: pixels on the images' longer side.
+        cases: per hospital, or one number for all.
+        longer: pixels or voxels on the images' longest side.
         seed: of everything; the same arguments give the same bytes.
         force: replace synthetic hospitals that were made with other arguments. Never touches what is not synthetic.
         workers: processes; the usable cores by default, one for a few images.
@@ -73,12 +102,14 @@ def synthesize(
     Raises:
         FedImagingError: wrong arguments, a folder that holds other data, no space.
     """
+    kind = _kind(task)
+    dataset = kind.dataset if dataset is None else dataset
     plans = _plans(
-        task=task,
+        kind,
         dataset=dataset,
         hospitals=hospitals,
         cases=cases,
-        longer=longer,
+        longer=kind.size("small") if longer is None else longer,
         multi_label=multi_label,
         seed=seed,
     )
@@ -93,28 +124,32 @@ def synthesize(
     return [target / "manifest.json" for target in targets.values()]
 
 
+def _kind(task: str) -> Kind:
+    if task not in TASKS:
+        raise FedImagingError(f"task {task!r}: choose from {', '.join(TASKS)}")
+    return TASKS[task]
+
+
 def _plans(
+    kind: Kind,
     *,
-    task: str,
     dataset: str,
-    hospitals: Sequence[Hospital] | int,
+    hospitals: Sequence[Named] | int,
     cases: Sequence[int] | int | None,
     longer: int,
     multi_label: bool,
     seed: int,
 ) -> list[Plan]:
     """Check the arguments and plan every hospital."""
-    if task not in TASKS:
-        raise FedImagingError(f"task {task!r}: choose from {', '.join(TASKS)}")
     if not _NAME.fullmatch(dataset):
         raise FedImagingError(
             f"dataset {dataset!r}: use letters, digits, '.', '_' and '-', and begin with a letter or digit"
         )
-    if not 32 <= longer <= 4096:
-        raise FedImagingError(f"matrix {longer}: give 32 to 4096 pixels for the longer side")
+    if not 32 <= longer <= kind.largest:
+        raise FedImagingError(f"matrix {longer}: give 32 to {kind.largest} for the longest side")
     if not 0 <= seed < 2**32:
         raise FedImagingError(f"seed {seed}: give a number from 0 to {2**32 - 1}")
-    sites = typical_hospitals(hospitals) if isinstance(hospitals, int) else list(hospitals)
+    sites = kind.hospitals(hospitals) if isinstance(hospitals, int) else list(hospitals)
     if len(sites) > MOST_SITES:
         raise FedImagingError(f"sites {len(sites)}: give at most {MOST_SITES}")
     names = [hospital.name for hospital in sites]
@@ -122,17 +157,16 @@ def _plans(
         raise FedImagingError(
             f"hospitals {', '.join(names)}: give each a name of its own, of letters, digits, '.', '_' and '-'"
         )
-    counts = _counts(cases, len(sites))
+    counts = _counts(cases, len(sites), kind)
     request = Request(dataset, longer, multi_label, seed)
     return [
-        TASKS[task](hospital, at, count, request)
-        for at, (hospital, count) in enumerate(zip(sites, counts, strict=True))
+        kind.plan(hospital, at, count, request) for at, (hospital, count) in enumerate(zip(sites, counts, strict=True))
     ]
 
 
-def _counts(cases: Sequence[int] | int | None, sites: int) -> list[int]:
+def _counts(cases: Sequence[int] | int | None, sites: int, kind: Kind) -> list[int]:
     if cases is None:
-        return [CASES[site % len(CASES)] for site in range(sites)]
+        return [kind.cases[site % len(kind.cases)] for site in range(sites)]
     counts = [cases] * sites if isinstance(cases, int) else list(cases)
     if len(counts) != sites:
         raise FedImagingError(f"cases {_commas(counts)}: give one number, or one for each of the {sites} sites")
@@ -277,26 +311,38 @@ def add_commands(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "synth",
         help="make synthetic hospitals",
-        description="Make synthetic hospitals: DICOM files of chest phantoms and a manifest for each hospital.\n"
+        description="Make synthetic hospitals, with a manifest for each: DICOM files of chest phantoms for\n"
+        "classification, NIfTI files of brain phantoms with lesions for segmentation.\n"
         "They are for trying things out, and say nothing about real patients.",
-        epilog="example:\n  python -m fedimaging data synth --out data/demo --sites 3 --cases 480,400,320",
+        epilog="examples:\n  python -m fedimaging data synth --out data/demo --sites 3 --cases 480,400,320\n"
+        "  python -m fedimaging data synth --out data/demo --task segmentation",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="the data root: <out>/<site>/<dataset>/manifest.json")
     parser.add_argument("--task", default="classification", help=f"{', '.join(TASKS)} (default: %(default)s)")
-    parser.add_argument("--dataset", default="chest_xray", help="the dataset's name (default: %(default)s)")
+    parser.add_argument("--dataset", help=f"the dataset's name (default: {_of_tasks(lambda kind: kind.dataset)})")
     parser.add_argument("--sites", default="3", help="number of hospitals (default: %(default)s)")
     parser.add_argument(
-        "--cases", help=f"images per hospital, one number or one for each (default: {_commas(CASES)} in turn)"
+        "--cases",
+        help="images per hospital, one number or one for each "
+        f"(default: {_of_tasks(lambda kind: _commas(kind.cases))}, in turn)",
     )
     parser.add_argument(
-        "--size", choices=SIZES, default="small", help="longer side: small 256, full 1024 pixels (default: %(default)s)"
+        "--size",
+        choices=SIZES,
+        default="small",
+        help="pixels or voxels on the longest side: "
+        f"{_of_tasks(lambda kind: _commas(kind.sizes))} (default: %(default)s)",
     )
-    parser.add_argument("--matrix", help="longer side in pixels, instead of --size")
+    parser.add_argument("--matrix", help="the longest side in pixels or voxels, instead of --size")
     parser.add_argument("--multi-label", action="store_true", help="several findings per image; none means normal")
     parser.add_argument("--seed", default="0", help="the same seed makes the same files (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace synthetic hospitals made with other arguments")
     parser.set_defaults(run=_run)
+
+
+def _of_tasks(value: Callable[[Kind], str]) -> str:
+    return " or ".join(dict.fromkeys(value(kind) for kind in TASKS.values()))
 
 
 def _whole(name: str, text: str) -> int:
@@ -318,7 +364,7 @@ def _run(arguments: argparse.Namespace) -> None:
         dataset=arguments.dataset,
         hospitals=_whole("sites", arguments.sites),
         cases=cases,
-        longer=_whole("matrix", arguments.matrix) if arguments.matrix else SIZES[arguments.size],
+        longer=_whole("matrix", arguments.matrix) if arguments.matrix else _kind(arguments.task).size(arguments.size),
         multi_label=arguments.multi_label,
         seed=_whole("seed", arguments.seed),
         force=arguments.force,
@@ -343,9 +389,14 @@ def _table(manifests: Sequence[Manifest]) -> Table:
     for manifest in manifests:
         splits = [manifest.split(split) for split in SPLITS]
         patients = {case.patient for cases in splits for case in cases}
-        classes = [sum(manifest.class_counts(split)[name] for split in SPLITS) for name in manifest.classes]
-        rows, cols = manifest.made["matrix"]
+        classes = [_cases_with(manifest, name) for name in manifest.classes]
         sizes = "/".join(str(len(cases)) for cases in splits)
         numbers = (sum(map(len, splits)), len(patients), sizes, *classes)
-        table.add_row(manifest.made["hospital"], *map(str, numbers), f"{rows}x{cols}")
+        table.add_row(manifest.made["hospital"], *map(str, numbers), "x".join(map(str, manifest.made["matrix"])))
     return table
+
+
+def _cases_with(manifest: Manifest, name: str) -> int:
+    if manifest.task == "segmentation":
+        return int(manifest.made["cases_with"][name])
+    return sum(manifest.class_counts(split)[name] for split in SPLITS)

@@ -127,12 +127,38 @@ def _variant(index: int) -> Hospital:
 
 @dataclass(frozen=True)
 class Request:
-    """What `data synth` was asked for, the same for all hospitals."""
+    """What `data synth` was asked for, the same for all hospitals; `longer` is the longer side in pixels or voxels."""
 
     dataset: str
     longer: int
     multi_label: bool
     seed: int
+
+
+def patient_id(site: int, patient: int) -> str:
+    """The ID of a site's patient, both counted from 0 and 1."""
+    return f"SYN-{chr(ord('A') + site)}-{patient:05d}"
+
+
+def age_group(age: int) -> str:
+    """A coarse group of an age in years."""
+    low = 18 if age < 40 else 40 if age < 60 else 60 if age < 80 else 80
+    return f"{low}+" if low == 80 else f"{low}-{'39' if low == 18 else low + 19}"
+
+
+def studies_per_patient(cases: int, rng: np.random.Generator) -> list[int]:
+    """One to three studies for each patient, `cases` in all."""
+    counts: list[int] = []
+    while (left := cases - sum(counts)) > 0:
+        counts.append(min(left, int(rng.choice((1, 2, 3), p=(0.78, 0.16, 0.06)))))
+    return counts
+
+
+class Named(Protocol):
+    """A hospital of any task."""
+
+    @property
+    def name(self) -> str: ...
 
 
 class Item(Protocol):
@@ -145,6 +171,6 @@ class Item(Protocol):
 class Plan:
     """All that will be made for one hospital; cheap, and the same for the same arguments."""
 
-    hospital: Hospital
+    hospital: Named
     manifest: Manifest
     items: Sequence[Item]

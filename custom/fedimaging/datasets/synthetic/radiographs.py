@@ -24,7 +24,7 @@ from pydicom.uid import (
 
 from fedimaging import __version__
 from fedimaging.datasets.manifest import SPLITS, Case, Manifest, assign_splits
-from fedimaging.datasets.synthetic.hospitals import Hospital, Plan, Request
+from fedimaging.datasets.synthetic.hospitals import Hospital, Plan, Request, age_group, patient_id, studies_per_patient
 from fedimaging.datasets.synthetic.phantom import FINDINGS, Subject, radiograph
 
 PHANTOM = 1
@@ -64,7 +64,7 @@ class Radiograph:
 
     @property
     def patient_id(self) -> str:
-        return _patient_id(self.site, self.patient)
+        return patient_id(self.site, self.patient)
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -94,10 +94,6 @@ class Radiograph:
         return generate_uid(entropy_srcs=["fedimaging", *map(str, made_of)])
 
 
-def _patient_id(site: int, patient: int) -> str:
-    return f"SYN-{chr(ord('A') + site)}-{patient:05d}"
-
-
 def _allocate(cases: int, shares: Mapping[frozenset[str], float]) -> list[frozenset[str]]:
     """`cases` findings in these shares by largest remainder, each at least once."""
     wanted = {name: max(1.0, share * cases) for name, share in shares.items()}
@@ -108,14 +104,6 @@ def _allocate(cases: int, shares: Mapping[frozenset[str], float]) -> list[frozen
     for name in by_remainder[: cases - sum(counts.values())]:
         counts[name] += 1
     return [name for name, count in counts.items() for _ in range(count)]
-
-
-def _studies_per_patient(cases: int, rng: np.random.Generator) -> list[int]:
-    """One to three studies for each patient, `cases` in all."""
-    counts: list[int] = []
-    while (left := cases - sum(counts)) > 0:
-        counts.append(min(left, int(rng.choice((1, 2, 3), p=(0.78, 0.16, 0.06)))))
-    return counts
 
 
 def _shares(hospital: Hospital, multi_label: bool) -> dict[frozenset[str], float]:
@@ -132,7 +120,7 @@ def plan_chest(hospital: Hospital, site: int, cases: int, request: Request) -> P
     allocated = _allocate(cases, _shares(hospital, request.multi_label))
     findings = iter([allocated[at] for at in rng.permutation(cases)])
     items: list[Radiograph] = []
-    for patient, studies in enumerate(_studies_per_patient(cases, rng), start=1):
+    for patient, studies in enumerate(studies_per_patient(cases, rng), start=1):
         items.extend(_studies(hospital, site, patient, [next(findings) for _ in range(studies)], request))
     manifest = _chest_manifest(items, hospital, request)
     return Plan(hospital, manifest, items)
@@ -148,7 +136,7 @@ def _studies(
     born = date(taken.year - age, int(rng.integers(1, 13)), int(rng.integers(1, 29)))
     for number, found in enumerate(findings, start=1):
         yield Radiograph(
-            path=f"images/{_patient_id(site, patient)}/{number}.dcm",
+            path=f"images/{patient_id(site, patient)}/{number}.dcm",
             hospital=hospital,
             site=site,
             patient=patient,
@@ -163,11 +151,6 @@ def _studies(
         taken += timedelta(days=int(rng.integers(1, 200)))
 
 
-def _age_group(age: int) -> str:
-    low = 18 if age < 40 else 40 if age < 60 else 60 if age < 80 else 80
-    return f"{low}+" if low == 80 else f"{low}-{'39' if low == 18 else low + 19}"
-
-
 def _chest_manifest(items: Sequence[Radiograph], hospital: Hospital, request: Request) -> Manifest:
     findings = list(FINDINGS)
     strata = {item.patient_id: "+".join(sorted(item.findings)) for item in reversed(items)}
@@ -179,7 +162,7 @@ def _chest_manifest(items: Sequence[Radiograph], hospital: Hospital, request: Re
             image=item.path,
             label=names if request.multi_label else (names or ("normal",))[0],
             patient=item.patient_id,
-            age_group=_age_group(item.age),
+            age_group=age_group(item.age),
             sex=item.sex,
             vendor=hospital.vendor,
             view=item.view,
