@@ -31,7 +31,14 @@ SITE_FILE = "site_report.json"
 FEW_CASES = 50
 WIDE_INTERVAL = 0.2
 
-LABELS = {"auroc": "AUROC", "mean_dice": "mean Dice", "dice": "Dice", "hd95": "HD95", "f1": "F1"}
+LABELS = {
+    "auroc": "AUROC",
+    "mean_dice": "mean Dice",
+    "dice": "Dice",
+    "hd95": "HD95 (mm)",
+    "mean_hd95": "mean HD95 (mm)",
+    "f1": "F1",
+}
 REASONS: dict[str, str] = {
     Reason.BAD_SETTING: "a setting of the job was refused",
     Reason.WRONG_VERSION: "the site runs another version of fedimaging than the job needs",
@@ -506,7 +513,7 @@ def _case(raw: dict[str, Any]) -> dict[str, Any]:
         distances = [abs((name in labels) - score) for name, score in scores.items() if score is not None]
         error = max(distances, default=0.0)
     else:
-        scores = {name: value for name, item in raw.items() if (value := to_number(item)) is not None}
+        scores = {name: to_number(item) for name, item in raw.items() if item is None or to_number(item) is not None}
         error = 1 - next((value for name, value in scores.items() if "dice" in name and value is not None), 1.0)
     image, patient = to_text(raw.get("image")) or "", to_text(raw.get("patient")) or ""
     return {"image": image, "patient": patient, "label": labels, "scores": scores, "error": error}

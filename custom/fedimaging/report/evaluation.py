@@ -79,7 +79,7 @@ def _figures(source: dict[str, Any], few: bool) -> dict[str, Any]:
     names = [
         n
         for n, v in source.items()
-        if n not in _PARTS and not n.endswith("_ci") and (v is None or to_number(v) is not None)
+        if n not in _PARTS and not n.endswith(("_ci", "_quantiles")) and (v is None or to_number(v) is not None)
     ]
     return {name: to_figure(source, name, few) for name in names}
 
@@ -109,6 +109,8 @@ def read_evaluation(raw: dict[str, Any]) -> dict[str, Any]:
             str(name): {
                 "metrics": _figures(to_mapping(c), few or None in validation["classes"].values()),
                 "roc": _roc(to_mapping(c).get("roc")),
+                "cases": to_number(to_mapping(c).get("cases")),
+                "quartiles": _quartiles(to_mapping(c)),
             }
             for name, c in to_mapping(raw.get("per_class")).items()
         },
@@ -118,6 +120,16 @@ def read_evaluation(raw: dict[str, Any]) -> dict[str, Any]:
             for covariate, groups in to_mapping(raw.get("subgroups")).items()
         },
     }
+
+
+def _quartiles(source: dict[str, Any]) -> dict[str, list[float]]:
+    """By metric: the quartiles over the cases, lower, middle and upper, where all three are given."""
+    quartiles = {}
+    for name, values in source.items():
+        known = [value for value in map(to_number, to_list(values)) if value is not None]
+        if name.endswith("_quantiles") and len(known) == 3:
+            quartiles[name.removesuffix("_quantiles")] = known
+    return quartiles
 
 
 def _subgroup(source: dict[str, Any], min_cell: float | None) -> dict[str, Any]:

@@ -19,14 +19,25 @@ from fedimaging.errors import FedImagingError
 from fedimaging.report import figures
 from fedimaging.report.collect import LABELS, metric_label
 from fedimaging.report.evaluation import SPLITS
-from fedimaging.report.examples import example_images
+from fedimaging.report.examples import CONTOURS, example_images
 
 EXPLANATIONS = {
     "auroc": "AUROC is the chance that a case with the finding gets a higher score than one without it: "
     "0.5 is guessing, 1 is perfect.",
     "mean_dice": "Dice measures how far the predicted and the drawn region overlap: 0 is not at all, 1 is exactly.",
 }
-_ORDER = ("auroc", "dice", "mean_dice", "sensitivity", "specificity", "threshold", "balanced_accuracy", "accuracy")
+_ORDER = (
+    "auroc",
+    "dice",
+    "mean_dice",
+    "hd95",
+    "mean_hd95",
+    "sensitivity",
+    "specificity",
+    "threshold",
+    "balanced_accuracy",
+    "accuracy",
+)
 
 
 def render(report: dict[str, Any], workspace: Path) -> str:
@@ -68,6 +79,10 @@ def render(report: dict[str, Any], workspace: Path) -> str:
         intervals=intervals,
         heat=_heat,
         examples=example_images(workspace, report["settings"], report["sites"]),
+        contours=CONTOURS,
+        quartiles=_unique(
+            name for e in evaluations.values() for c in e["per_class"].values() for name in c["quartiles"]
+        ),
         timing=_timing(report),
     )
 
