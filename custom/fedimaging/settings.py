@@ -45,5 +45,10 @@ def parse(settings: type[S], raw: Any, where: str) -> S:
         name = ".".join([where, *(str(part) for part in first["loc"])])
         message = re.sub(r"\s+", " ", first["msg"])
         if first["type"] == "extra_forbidden":
-            message = f"unknown setting; known here: {', '.join(sorted(settings.model_fields))}"
+            known = f"; known here: {', '.join(sorted(settings.model_fields))}" if len(first["loc"]) == 1 else ""
+            message = f"unknown setting{known}"
+        elif first["type"] == "union_tag_invalid":
+            message = f"unknown name; choose one of {first['ctx']['expected_tags']}"
+        elif first["type"] == "union_tag_not_found":
+            message = "name is missing"
         raise FedImagingError(f"{name}: {message}", Reason.BAD_SETTING) from None

@@ -1,10 +1,12 @@
 """Local training and evaluation of one site: plain PyTorch over cached cases."""
 
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,9 @@ from fedimaging.tasks.statistics import MIN_CELL, withhold_counts
 from fedimaging.training.cache import CaseCache, DiskCache
 from fedimaging.training.precision import Precision
 from fedimaging.training.settings import JobSettings, TrainingSettings
-
-State = dict[str, Tensor]
+from fedimaging.training.strategies import Local, State, exchanged
 
 _LOAD_WORKERS = 2
-_COUNTERS = "num_batches_tracked"
 
 
 class AbortedError(Exception):
@@ -33,19 +33,16 @@ class AbortedError(Exception):
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What one round of local training gave: the state, and figures that may leave the site."""
+    """What one round of local training gave: the state, what is sent of it, and figures that may leave the site."""
 
     state: State
+    sent: State
+    """the tensors that leave the site: those that the strategy's ``sent`` names"""
     cases: int
     """cases really used, each counted once however many epochs"""
     steps: int
     epoch_losses: list[float]
     seconds: float
-
-
-def exchanged(state: Mapping[str, Tensor]) -> State:
-    """The part of a state_dict that is averaged: everything but BatchNorm's batch counters."""
-    return {key: value for key, value in state.items() if not key.endswith(_COUNTERS)}
 
 
 class Site:
@@ -54,6 +51,7 @@ class Site:
     Args:
         settings: the job's.
         dataset: the site's resolved dataset; its manifest is checked against the task here.
+        keep: the file in which the strategy's memory outlives this process; None for none.
         aborted: polled at every batch and every loaded case; once true, :class:`AbortedError` is raised.
         report: told of progress, for the site's own display.
 
@@ -66,6 +64,7 @@ class Site:
         settings: JobSettings,
         dataset: Dataset,
         *,
+        keep: Path | None = None,
         aborted: Callable[[], bool] = lambda: False,
         report: Callable[[dict[str, Any]], None] = lambda event: None,
     ) -> None:
@@ -82,6 +81,13 @@ class Site:
             seed=settings.seed,
         )
         self.network = self.precision.place_network(network, self.task.spatial_dims)
+        self.strategy = settings.training.strategy
+        self.local = self.strategy.local(self.network)
+        self._personal: State = {}
+        self._personal_metric: float | None = None
+        self._keep = keep
+        if keep is not None and keep.exists():
+            self._recall(keep)
         self._splits: dict[str, CaseCache] = {}
         self._outcomes: dict[tuple[str, str], Tensor] = {}
 
@@ -95,14 +101,55 @@ class Site:
         """Unreadable cases of the splits loaded so far."""
         return sum(len(split.unreadable) for split in self._splits.values())
 
-    def train(self, state: Mapping[str, Tensor], round_number: int, rounds: int) -> RoundResult:
-        """Trains from ``state`` for one of ``rounds`` rounds (counted from 0).
+    def receive(self, message: Mapping[str, Tensor]) -> State:
+        """The global weights of a message for training; the rest of it goes to the strategy.
+
+        Raises:
+            FedImagingError: BAD_MODEL if the message is not of the job's network and strategy.
+        """
+        weights = self.local.incoming(message)
+        self._check_state(weights)
+        return weights
+
+    def train(
+        self, weights: Mapping[str, Tensor], round_number: int, rounds: int, steps: int | None = None
+    ) -> RoundResult:
+        """Trains from global weights for one of ``rounds`` rounds (counted from 0).
+
+        Args:
+            steps: optimizer steps, in as many epochs as that takes; None for ``training.epochs``.
 
         Raises:
             AbortedError: told to stop.
             FedImagingError: NOT_FINITE if the loss is not a finite number.
         """
         start = time.monotonic()
+
+        def fit(state: State, local: Local) -> tuple[State, list[float], int, int]:
+            return self._fit(state, local, round_number, rounds, steps)
+
+        trained, losses, seen, taken = fit(self.local.start(dict(weights)), self.local)
+        if seen < MIN_CELL:
+            raise FedImagingError(
+                f"{self.dataset.name}: a round on {seen} cases tells of single patients; give at least {MIN_CELL}",
+                Reason.TOO_FEW_CASES,
+            )
+        sent = self.local.finish(self.network, exchanged(trained))
+        self.local.personalise(dict(weights), lambda state, local: exchanged(fit(state, local)[0]))
+        self._remember()
+        return RoundResult(
+            state=trained,
+            sent=sent,
+            cases=seen,
+            steps=taken,
+            epoch_losses=losses,
+            seconds=time.monotonic() - start,
+        )
+
+    def _fit(
+        self, state: State, local: Local, round_number: int, rounds: int, steps: int | None
+    ) -> tuple[State, list[float], int, int]:
+        """Trains from a state under a strategy's local half: the state_dict, losses by epoch, cases and steps."""
         data, training = self.split("training"), self.settings.training
         self._load_state(state)
         seed = self._seed("training", round_number)
@@ -110,40 +157,50 @@ class Site:
         augment = self.task.augmentation(seed)
         loss_function = self.task.loss(data.cases).to(self.precision.device)
         optimizer = make_optimizer(self.network, training)
-        order = np.random.default_rng(seed)
-        per_epoch = len(plan_batches(len(data), training))
+        local.begin(self.network)
         self.network.train()
-        steps, seen = 0, 0
+        batches = list(round_batches(len(data), training, np.random.default_rng(seed), steps))
         losses: list[float] = []
-        for epoch in range(training.epochs):
-            total, seen = 0.0, 0
-            for batch in shuffled_batches(len(data), training, order):
+        seen = 0
+        for epoch, group in itertools.groupby(enumerate(batches), key=lambda step: step[1][0]):
+            total, cases = 0.0, 0
+            for step, (_, batch) in group:
                 self._stop_if_told()
-                progress = (round_number + steps / (per_epoch * training.epochs)) / rounds
-                set_learning_rate(optimizer, training, progress)
+                set_learning_rate(optimizer, training, (round_number + step / len(batches)) / rounds)
                 items = [augment(data[int(i)]) for i in batch]
-                total += self._step(optimizer, loss_function, items) * len(items)
-                seen, steps = seen + len(items), steps + 1
-            losses.append(total / seen)
+                total += self._step(optimizer, loss_function, items, local) * len(items)
+                cases += len(items)
+            losses.append(total / cases)
+            seen = max(seen, cases)
             self._report({"stage": "training", "round": round_number, "epoch": epoch, "loss": losses[-1]})
-        if seen < MIN_CELL:
-            raise FedImagingError(
-                f"{self.dataset.name}: a round on {seen} cases tells of single patients; give at least {MIN_CELL}",
-                Reason.TOO_FEW_CASES,
-            )
         trained = {key: value.detach().cpu().clone() for key, value in self.network.state_dict().items()}
         if not all(torch.isfinite(value).all() for value in trained.values()):
             raise FedImagingError(
                 f"{self.dataset.name}: the trained weights are not finite; lower training.learning_rate",
                 Reason.NOT_FINITE,
             )
-        return RoundResult(
-            state=trained,
-            cases=seen,
-            steps=steps,
-            epoch_losses=losses,
-            seconds=time.monotonic() - start,
-        )
+        return trained, losses, seen, len(batches)
+
+    def validate(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Metrics on validation of the model that stands for these global weights here; the best personal one is kept.
+
+        Empty where too few cases allow any.
+        """
+        state = self.local.judged(dict(weights))
+        metrics = self.metrics(state)
+        if self.strategy.personal:
+            value, best = metrics.get(self.task.key_metric), self._personal_metric
+            if best is None or (value is not None and value > best):
+                self._personal, self._personal_metric = dict(state), value
+        return metrics
+
+    def judged(self, weights: Mapping[str, Tensor], best: bool = False) -> State:
+        """The model by which this site is judged when these global weights are.
+
+        Args:
+            best: where models are personal, the one that did best on this site's validation cases instead.
+        """
+        return self._personal if best and self._personal else self.local.judged(dict(weights))
 
     def metrics(self, state: Mapping[str, Tensor], split: str = "validation") -> dict[str, float]:
         """Aggregate metrics of a state on a split; empty where too few cases allow any."""
@@ -208,7 +265,9 @@ class Site:
             )
         return outputs
 
-    def _step(self, optimizer: torch.optim.Optimizer, loss_function: nn.Module, items: Sequence[Any]) -> float:
+    def _step(
+        self, optimizer: torch.optim.Optimizer, loss_function: nn.Module, items: Sequence[Any], local: Local
+    ) -> float:
         batch = self._batch(items)
         with self.precision.autocast():
             outputs = self.network(batch["image"])
@@ -222,9 +281,11 @@ class Site:
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        local.regularise(self.network)
         clip = self.settings.training.gradient_clip
         if clip is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), clip)
+        local.correct(self.network, optimizer.param_groups[0]["lr"])
         optimizer.step()
         return value
 
@@ -233,13 +294,30 @@ class Site:
 
     def _load_state(self, state: Mapping[str, Tensor]) -> None:
         """Loads what is exchanged; counters are the site's own."""
+        self._check_state(state)
+        self.network.load_state_dict(dict(state), strict=False)
+
+    def _check_state(self, state: Mapping[str, Tensor]) -> None:
         own = exchanged(self.network.state_dict())
         if set(state) != set(own) or any(state[key].shape != own[key].shape for key in own):
             raise FedImagingError(
                 "the model that arrived is not the job's network; server and site disagree on its settings or version",
                 Reason.BAD_MODEL,
             )
-        self.network.load_state_dict(dict(state), strict=False)
+
+    def _remember(self) -> None:
+        """Keeps the strategy's memory and the best personal model for a restart, readable by their owner alone."""
+        if self._keep is None or not self.local.memory:
+            return
+        part = self._keep.with_suffix(".part")
+        part.touch(mode=0o600)
+        memory = {"memory": self.local.memory, "best": self._personal, "best_metric": self._personal_metric}
+        torch.save(memory, part)
+        part.replace(self._keep)
+
+    def _recall(self, path: Path) -> None:
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        self.local.memory, self._personal, self._personal_metric = kept["memory"], kept["best"], kept["best_metric"]
 
     def _load_split(self, name: str) -> CaseCache:
         training = self.settings.training
@@ -320,6 +398,19 @@ def shuffled_batches(
     for size in plan_batches(cases, training):
         yield order[start : start + size]
         start += size
+
+
+def round_batches(
+    cases: int, training: TrainingSettings, generator: np.random.Generator, steps: int | None = None
+) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+    """(epoch, indices) of each step of a round: all of ``training.epochs``, or so many steps in as many epochs."""
+    left = len(plan_batches(cases, training)) * training.epochs if steps is None else steps
+    for epoch in itertools.count():
+        for batch in itertools.islice(shuffled_batches(cases, training, generator), left):
+            yield epoch, batch
+            left -= 1
+        if left <= 0:
+            return
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:

@@ -9,12 +9,15 @@ from fedimaging.errors import FedImagingError
 from fedimaging.networks import NETWORKS, NetworkSettings, network_settings
 from fedimaging.settings import ANY_VERSION, Name, Settings, Specifier, parse
 from fedimaging.tasks import Task, make_task
+from fedimaging.training.strategies import FedAvg, Strategy
 from fedimaging.version import require
 
 
 class TrainingSettings(Settings):
     """Local training of one round."""
 
+    strategy: Strategy = FedAvg()
+    """what the federation does besides plain averaging; its server half must be the workflow's"""
     epochs: Annotated[int, Field(ge=1, le=1000)] = 1
     """passes over the site's training cases in a round"""
     max_batches: Annotated[int, Field(ge=1, le=10**6)] | None = None
@@ -88,6 +91,7 @@ class JobSettings:
 
     def _check_fit(self) -> None:
         """The network gives what the task learns, and takes inputs of the task's size."""
+        self._check_strategy()
         name, wanted = self.network.name, self.task.output
         if self.network.output != wanted:
             fitting = ", ".join(sorted(n for n, settings in NETWORKS.items() if settings.output == wanted))
@@ -96,3 +100,13 @@ class JobSettings:
             raise FedImagingError(
                 f"task: {name} takes sides that are multiples of {self.network.divisor}; change the size of its inputs"
             )
+
+    def _check_strategy(self) -> None:
+        """SCAFFOLD's control variates are defined for plain SGD, and FedBN for a network with BatchNorm."""
+        strategy, training = self.training.strategy.name, self.training
+        if strategy == "scaffold" and (training.optimizer != "sgd" or training.momentum):
+            raise FedImagingError(
+                "training.strategy: scaffold needs plain SGD; set training.optimizer to sgd and training.momentum to 0"
+            )
+        if strategy == "fedbn" and self.network.norm != "batch":
+            raise FedImagingError("training.strategy: fedbn needs a network with BatchNorm; set network.norm to batch")
