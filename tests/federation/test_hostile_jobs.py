@@ -26,11 +26,13 @@ NETWORK = {"name": "ResNet18"}
 GOOD: dict[str, dict[str, object]] = {
     "fedimaging.federation.evaluation.CrossSiteEvaluation": {"timeout": 60},
     "fedimaging.federation.workflow.FederatedAveraging": {
-        "num_rounds": 1, "min_clients": 1, "straggler_wait": 60, "fedimaging": "~=0.1.0"
+        "num_rounds": 1, "min_clients": 1, "straggler_wait": 60, "fedimaging": "~=0.1.0",
+        "strategy": {"name": "fedprox"},
     },
     "fedimaging.federation.persistor.NetworkPersistor": {"task": TASK, "network": NETWORK, "seed": 0},
     "fedimaging.federation.executor.TrainerExecutor": {
-        "dataset": "chest_xray", "task": TASK, "network": NETWORK, "training": {}, "seed": 0, "fedimaging": "~=0.1.0"
+        "dataset": "chest_xray", "task": TASK, "network": NETWORK, "training": {"strategy": {"name": "fedprox"}},
+        "seed": 0, "fedimaging": "~=0.1.0"
     },
 }  # fmt: skip
 COMMAND = "touch /tmp/fedimaging-was-here"

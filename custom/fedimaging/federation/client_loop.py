@@ -1,18 +1,13 @@
 """The Client API loop that the executor runs at a site: train, validate, submit_model, or a refusal."""
 
 import logging
-from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
 import nvflare.client as flare
-import torch
 from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
-from fedimaging.federation.protocol import REPORT, VALIDATE_LAST
+from fedimaging.federation.protocol import REPORT, VALIDATE_LAST, to_parameters, to_state
 from fedimaging.federation.session import AbortedError, Session
-from fedimaging.training.loop import exchanged
 
 log = logging.getLogger("fedimaging.federation.client_loop")
 
@@ -49,21 +44,11 @@ def answer(session: Session, model: FLModel) -> FLModel:
         return FLModel(metrics=session.evaluation(state))
     result, metrics = session.train(state, model.current_round or 0, model.total_rounds or 1)
     return FLModel(
-        params=to_parameters(exchanged(result.state)),
+        params=to_parameters(result.sent),
         params_type=ParamsType.FULL,
         metrics=metrics,
         meta={FLMetaKey.NUM_STEPS_CURRENT_ROUND: result.cases, REPORT: session.figures(result)},
     )
-
-
-def to_parameters(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """A state_dict as FLARE sends it: arrays by name."""
-    return {key: value.detach().cpu().numpy() for key, value in state.items()}
-
-
-def to_state(parameters: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """What arrived, as a state_dict; whether names and shapes fit is checked where it is loaded."""
-    return {str(key): torch.as_tensor(np.asarray(value)) for key, value in parameters.items()}
 
 
 if __name__ == "__main__":

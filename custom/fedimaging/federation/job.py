@@ -1,5 +1,6 @@
 """A job folder as its settings: read and checked before FLARE sees it, and copied with settings changed."""
 
+import copy
 import json
 import re
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from fedimaging.errors import FedImagingError, Reason
 from fedimaging.federation.policy import ALLOWED_CLASSES
 from fedimaging.settings import holds_placeholder
 from fedimaging.training.settings import JobSettings
+from fedimaging.training.strategies import DEFAULT_STRATEGY
 
 _SERVER, _CLIENT = "app/config/config_fed_server.json", "app/config/config_fed_client.json"
 _EXECUTOR = "fedimaging.federation.executor.TrainerExecutor"
@@ -63,7 +65,7 @@ class JobFolder:
         from fedimaging.federation.workflow import WorkflowSettings
         from fedimaging.settings import parse
 
-        parse(WorkflowSettings, self._workflow, "workflow")
+        workflow = parse(WorkflowSettings, self._workflow, "workflow")
         evaluation = _find(self.server, "fedimaging.federation.evaluation.CrossSiteEvaluation")
         if evaluation is not None:
             parse(EvaluationSettings, evaluation, "evaluation")
@@ -72,7 +74,12 @@ class JobFolder:
             raise _bad(self.path / _SERVER, f"{unequal[0]!r} differs from the one in {_CLIENT}; make them equal")
         if self._executor.get("fedimaging") != self._workflow.get("fedimaging"):
             raise _bad(self.path / _SERVER, f"'fedimaging' differs from the one in {_CLIENT}; make them equal")
-        return JobSettings(self._executor)
+        settings = JobSettings(self._executor)
+        if workflow.strategy != settings.training.strategy:
+            raise _bad(
+                self.path / _SERVER, f"the workflow's strategy differs from training.strategy in {_CLIENT}; make them equal"
+            )
+        return settings
 
     def override(self, changes: Mapping[str, Any]) -> None:
         """Changes settings in memory, by dotted name: ``rounds``, ``training.epochs``, ``task.image_size``, ..."""
@@ -86,6 +93,10 @@ class JobFolder:
                 other = self._persistor if first in _SHARED else self._workflow if first == "fedimaging" else None
                 for owner in (self._executor, other) if other is not None else (self._executor,):
                     _assign(owner, [first, *rest], value, name)
+                if name == "training" and isinstance(value, dict):
+                    self._workflow["strategy"] = copy.deepcopy(value.get("strategy", DEFAULT_STRATEGY))
+                elif (first, *rest)[:2] == ("training", "strategy"):
+                    _assign(self._workflow, rest, value, name)
             else:
                 known = ", ".join([*_WORKFLOW_NAMES, *self._executor])
                 raise FedImagingError(f"--set {name}: no such setting; a name starts with one of {known}")

@@ -13,7 +13,7 @@ import torch
 from fedimaging import __version__
 from fedimaging.datasets.site import resolve
 from fedimaging.errors import FedImagingError, Reason
-from fedimaging.federation.protocol import PROGRESS_FILE, SITE_REPORT_FILE
+from fedimaging.federation.protocol import PROGRESS_FILE, SERVER_MODEL, SITE_REPORT_FILE, STRATEGY_FILE
 from fedimaging.training.loop import AbortedError, RoundResult, Site, case_results, exchanged
 from fedimaging.training.settings import JobSettings
 from fedimaging.version import package_hash
@@ -52,34 +52,51 @@ class Session:
             settings = JobSettings(self._raw)
             dataset = resolve(settings.dataset, self._site_name, self._local)
             log.info("dataset %s: %s (found by %s)", dataset.name, dataset.manifest_path, dataset.source)
-            self._site = Site(settings, dataset, aborted=lambda: self.aborted(), report=self.report)  # noqa: PLW0108 (changes with each task)
+            self._site = Site(
+                settings,
+                dataset,
+                keep=self._run_dir / STRATEGY_FILE,
+                aborted=lambda: self.aborted(),  # noqa: PLW0108 (changes with each task)
+                report=self.report,
+            )
         return self._site
 
     def train(
-        self, state: dict[str, torch.Tensor], round_number: int, rounds: int
+        self, message: dict[str, torch.Tensor], round_number: int, rounds: int
     ) -> tuple[RoundResult, dict[str, Any]]:
-        """One round from ``state``: the result, and the metrics of ``state`` on validation before it."""
+        """One round from the message that arrived: the result, and the metrics of its weights on validation before."""
         self._last_state = None
+        state = self.site.receive(message)
         metrics = self.validation_metrics(state)
         self.report({"stage": "validated", "round": round_number, "metrics": metrics}, always=True)
         result = self.site.train(state, round_number, rounds)
-        self._last_state = exchanged(result.state)
+        whole = exchanged(result.state)
+        self._last_state = whole if whole.keys() <= result.sent.keys() else None
         return result, metrics
 
     def validation_metrics(self, state: dict[str, torch.Tensor]) -> dict[str, float]:
-        return self.site.metrics(state)
+        return self.site.validate(state)
 
     def evaluation(self, state: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """What leaves of a model's evaluation; the per-case results stay in the site's own report."""
-        figures = self.site.evaluation(state)
+        """What leaves of a model's evaluation; the per-case results stay in the site's own report.
+
+        Where models are personal, a site is judged by its own in place of the server's; ``judged`` says so.
+        """
+        personal = self.site.strategy.personal and self.model_owner.startswith(SERVER_MODEL)
+        if personal:
+            state = self.site.judged(state, best=self.model_owner == f"{SERVER_MODEL}best")
+        figures = self.site.evaluation(state) | {"judged": "personal" if personal else "global"}
         self._keep_case_results(self.model_owner, figures, state)
         self.report({"stage": "evaluated", "model": self.model_owner}, always=True)
         return figures
 
     def last_state(self) -> dict[str, torch.Tensor]:
-        """The state after this site's last round of training."""
+        """The state after this site's last round of training; none where a part of it is personal."""
         if self._last_state is None:
-            raise FedImagingError("this site has not trained in this job; it has no model to submit", Reason.BAD_MODEL)
+            raise FedImagingError(
+                "this site has no model to submit: it has not trained in this job, or a part of its model is personal",
+                Reason.BAD_MODEL,
+            )
         return self._last_state
 
     def figures(self, result: RoundResult) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The server's workflow: FLARE's FedAvg with model selection, a record of every round, and tolerance of refusals."""
 
+import copy
 import json
 import math
 import platform
@@ -13,23 +14,32 @@ from typing import Annotated, Any
 
 import numpy as np
 from nvflare.apis.controller_spec import ClientTask
-from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_constant import FLContextKey, FLMetaKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_def import JobMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
-from nvflare.app_common.workflows.fedavg import FedAvg
+from nvflare.app_common.workflows.fedavg import FedAvg as FlareFedAvg
 from pydantic import Field
 
 from fedimaging import __version__
 from fedimaging.errors import FedImagingError, Reason
 from fedimaging.federation.executor import deployed_config
 from fedimaging.federation.persistor import NetworkPersistor
-from fedimaging.federation.protocol import PERSISTOR_ID, REASON_HEADER, REPORT, ROUNDS_FILE, VALIDATE_LAST
+from fedimaging.federation.protocol import (
+    PERSISTOR_ID,
+    REASON_HEADER,
+    REPORT,
+    ROUNDS_FILE,
+    VALIDATE_LAST,
+    to_parameters,
+    to_state,
+)
 from fedimaging.federation.selection import ModelSelection, vote
 from fedimaging.federation.session import peak_memory
 from fedimaging.settings import ANY_VERSION, Settings, Specifier, holds_placeholder, parse
+from fedimaging.training.strategies import DEFAULT_STRATEGY, FedAvg, Strategy
 from fedimaging.version import package_hash, require
 
 _POLL_SECONDS = 0.1
@@ -43,10 +53,12 @@ class WorkflowSettings(Settings):
     """seconds to wait for the other sites once so many have answered"""
     fedimaging: Specifier = ANY_VERSION
     """the version of this package that the job needs"""
+    strategy: Strategy = FedAvg()
+    """equal to the sites' training.strategy: its server half is what becomes of their results"""
 
 
-class FederatedAveraging(FedAvg):
-    """FedAvg (McMahan et al. 2017) over all sites, weighted by the cases really used in the round.
+class FederatedAveraging(FlareFedAvg):
+    """FedAvg (McMahan et al. 2017) over all sites, weighted by the cases really used in the round, or another strategy.
 
     The global model that arrives is judged on the sites' validation cases before it is trained on, the last aggregate
     too; the best one is kept. A site that refuses is recorded by its reason code, and the job goes on as long as
@@ -54,8 +66,13 @@ class FederatedAveraging(FedAvg):
     scalars go to TensorBoard there.
     """
 
-    def __init__(
-        self, num_rounds: int, min_clients: int, straggler_wait: int = 3600, fedimaging: str = ANY_VERSION
+    def __init__(  # noqa: PLR0917 (FLARE names them)
+        self,
+        num_rounds: int,
+        min_clients: int,
+        straggler_wait: int = 3600,
+        fedimaging: str = ANY_VERSION,
+        strategy: dict[str, Any] = DEFAULT_STRATEGY,
     ) -> None:
         settings = parse(
             WorkflowSettings,
@@ -64,10 +81,11 @@ class FederatedAveraging(FedAvg):
                 "min_clients": min_clients,
                 "straggler_wait": straggler_wait,
                 "fedimaging": fedimaging,
+                "strategy": strategy,
             },
             "workflow",
         )
-        self.fedimaging = settings.fedimaging
+        self.fedimaging, self.strategy, self._strategy = settings.fedimaging, strategy, settings.strategy
         super().__init__(
             num_clients=None,
             num_rounds=settings.num_rounds,
@@ -98,6 +116,8 @@ class FederatedAveraging(FedAvg):
             return
         self._run_dir = Path(self.engine.get_workspace().get_run_dir(self.fl_ctx.get_job_id()))
         self._selection = ModelSelection(persistor.settings()[0].key_metric)
+        self._server = self._strategy.server(persistor.model)
+        self._wanted = self._strategy.sent(persistor.model)
         self._peaks: dict[str, int] = {}
         super().run()
         if self._last is not None and not self.abort_signal.triggered:
@@ -128,6 +148,10 @@ class FederatedAveraging(FedAvg):
         self._round_started = time.monotonic()
         self._asked = [getattr(target, "name", target) for target in targets or self.sample_clients(None)]
         self._sites, self._refused, self._bytes_in = {}, {}, 0
+        if task_name == AppConstants.TASK_TRAIN and data is not None:
+            data = copy.copy(data)
+            data.params = to_parameters(self._server.outgoing(to_state(data.params)))
+            self._sent_bytes = sum(value.nbytes for value in data.params.values())
         self.broadcast_model(
             task_name=task_name,
             data=data,
@@ -156,17 +180,34 @@ class FederatedAveraging(FedAvg):
         super()._process_result(client_task, fl_ctx)
 
     def _aggregate_one_result(self, result: FLModel) -> bool:
-        if any(not np.isfinite(value).all() for value in (result.params or {}).values()):
-            self._refused[str(result.meta.get("client_name"))] = Reason.NOT_FINITE.value
-            self.error(f"site {result.meta.get('client_name')} sent weights that are not finite; left out")
+        site = str(result.meta.get("client_name"))
+        if (fault := self._fault(result.params or {})) is not None:
+            self._refused[site] = fault.value
+            self.error(f"site {site} sent weights that cannot be used ({fault.value}); left out")
             return False
+        if self._server.equal_weights:
+            result.meta[FLMetaKey.NUM_STEPS_CURRENT_ROUND] = 1
         accepted = super()._aggregate_one_result(result)
         if accepted:
-            site = str(result.meta.get("client_name"))
             self._bytes_in += sum(value.nbytes for value in result.params.values())
             self._sites[site] = _site_record(result, self._selection.key_metric)
             self._peaks[site] = self._sites[site].pop("peak_memory") or 0
         return bool(accepted)
+
+    def _fault(self, params: dict[str, Any]) -> Reason | None:
+        """Why a site's result cannot be used: other tensors than the strategy's, or numbers that are not finite."""
+        if {name: tuple(np.shape(value)) for name, value in params.items()} != {
+            name: tuple(shape) for name, shape in self._wanted.items()
+        }:
+            return Reason.BAD_MODEL
+        return None if all(np.isfinite(value).all() for value in params.values()) else Reason.NOT_FINITE
+
+    def update_model(self, model: FLModel, aggr_result: FLModel) -> FLModel:
+        """The strategy's server half makes the new global weights of the old ones and the sites' mean."""
+        share = self._received_count / len(self._asked)
+        weights = self._server.update(to_state(model.params), to_state(aggr_result.params), share)
+        aggr_result.params = to_parameters(weights)
+        return super().update_model(model, aggr_result)
 
     def _get_aggregated_result(self) -> FLModel:
         if self._received_count < self.min_clients:
@@ -226,6 +267,7 @@ class FederatedAveraging(FedAvg):
                 "task": task.settings.model_dump(),
                 "network": network.model_dump(),
                 "seed": seed,
+                "strategy": self._strategy.model_dump(),
                 "start_from": persistor.start_from,
                 "versions": {
                     "fedimaging": __version__,
@@ -243,7 +285,7 @@ class FederatedAveraging(FedAvg):
             "event": "round",
             "round": self.current_round,
             "seconds": self._round_seconds(),
-            "bytes_out": self._model_bytes * len(self._asked),
+            "bytes_out": self._sent_bytes * len(self._asked),
             "bytes_in": self._bytes_in,
             "sites": self._sites,
             "refused": self._refused,

@@ -7,6 +7,7 @@ functions of state_dicts, so that the simulator, real sites and the closed forms
 A new strategy is a settings class with its two halves, and a line in ``Strategy``.
 """
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -239,7 +240,7 @@ class ScaffoldServer(Server):
 
     def update(self, weights: State, mean: State, share: float) -> State:
         self.controls = {name: c + share * _pick(mean, CONTROL + name, c) for name, c in self.controls.items()}
-        stepped = {n: torch.lerp(weights[n].float(), mean[n].float(), self._rate) for n in self.controls}
+        stepped = {n: torch.lerp(weights[n], mean[n], self._rate) for n in self.controls}
         return {**weights, **{n: value for n, value in mean.items() if not n.startswith(CONTROL)}, **stepped}
 
     def state(self) -> dict[str, Any]:
@@ -277,7 +278,7 @@ class FedOptServer(Server):
     def __init__(self, network: nn.Module, settings: FedOpt) -> None:
         parameters = dict(network.named_parameters())
         self._parameters = {
-            name: nn.Parameter(parameters[name].detach().float().cpu().clone()) for name in trainable(network)
+            name: nn.Parameter(parameters[name].detach().cpu().clone()) for name in trainable(network)
         }
         steps, rate = self._parameters.values(), settings.learning_rate
         self._optimizer: torch.optim.Optimizer
@@ -289,15 +290,15 @@ class FedOptServer(Server):
     def update(self, weights: State, mean: State, share: float) -> State:
         for name, parameter in self._parameters.items():
             parameter.data.copy_(weights[name])
-            parameter.grad = weights[name].float() - mean[name].float()
+            parameter.grad = weights[name] - mean[name]
         self._optimizer.step()
         return {**weights, **mean, **{name: p.detach().clone() for name, p in self._parameters.items()}}
 
     def state(self) -> dict[str, Any]:
-        return self._optimizer.state_dict()
+        return copy.deepcopy(self._optimizer.state_dict())
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state)
+        self._optimizer.load_state_dict(copy.deepcopy(state))
 
 
 class FedBN(StrategySettings):
@@ -368,6 +369,7 @@ class DittoLocal(Local):
         self.memory = fit(self.memory or weights, Proximal(self._mu, toward=weights))
 
 
+DEFAULT_STRATEGY: dict[str, Any] = {"name": "fedavg"}
 Strategy = Annotated[FedAvg | FedProx | Scaffold | FedOpt | FedBN | Ditto, Field(discriminator="name")]
 
 
