@@ -15,6 +15,7 @@ from fedimaging.federation.executor import TrainerExecutor
 from fedimaging.federation.persistor import NetworkPersistor
 from fedimaging.federation.protocol import PERSISTOR_ID
 from fedimaging.federation.workflow import FederatedAveraging
+from fedimaging.training.strategies import DEFAULT_STRATEGY
 from fedimaging.version import needed_by_jobs
 
 CHEST_XRAY: dict[str, Any] = {
@@ -28,13 +29,30 @@ CHEST_XRAY: dict[str, Any] = {
     "training": {"epochs": 1, "batch_size": 16, "optimizer": "adamw", "learning_rate": 0.001, "schedule": "one_cycle"},
     "seed": 0,
 }
+# What differs from the base in the job of each strategy. SCAFFOLD is defined for plain SGD.
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "fedprox": {"strategy": {"name": "fedprox", "mu": 0.01}},
+    "scaffold": {"strategy": {"name": "scaffold"}, "optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.1},
+    "fedavgm": {"strategy": {"name": "fedopt", "optimizer": "sgd", "learning_rate": 1.0, "momentum": 0.5}},
+    "fedadam": {"strategy": {"name": "fedopt", "optimizer": "adam", "learning_rate": 0.01}},
+    "fedbn": {"strategy": {"name": "fedbn"}},
+    "ditto": {"strategy": {"name": "ditto", "mu": 0.1}},
+}
 
 
-def fedavg(name: str, settings: dict[str, Any], *, rounds: int, min_clients: int) -> FedJob:
-    """FedAvg over all sites, then the best and the last model on every site's test split."""
+def overlay(settings: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
+    """The settings with some of their training changed."""
+    return settings | {"training": settings["training"] | training}
+
+
+def federated(name: str, settings: dict[str, Any], *, rounds: int, min_clients: int) -> FedJob:
+    """A strategy over all sites (FedAvg where none is named), then the best and the last model on every test split."""
+    strategy = settings["training"].get("strategy", DEFAULT_STRATEGY)
     job = FedJob(name=name, min_clients=min_clients)
     job.job.set_app_packages(["fedimaging"])
-    job.to_server(FederatedAveraging(num_rounds=rounds, min_clients=min_clients, fedimaging=needed_by_jobs()))
+    job.to_server(
+        FederatedAveraging(num_rounds=rounds, min_clients=min_clients, fedimaging=needed_by_jobs(), strategy=strategy)
+    )
     job.to_server(CrossSiteEvaluation())
     # Sites ask for their next task five times a second; FLARE asks every two seconds, which idles in every round.
     job.to_server({"server": {"task_request_interval": 0.2}})
@@ -47,7 +65,13 @@ def fedavg(name: str, settings: dict[str, Any], *, rounds: int, min_clients: int
 
 def recipes() -> list[FedJob]:
     """Every job of this folder."""
-    return [fedavg("chest_xray_fedavg", CHEST_XRAY, rounds=12, min_clients=2)]
+    return [
+        federated("chest_xray_fedavg", CHEST_XRAY, rounds=12, min_clients=2),
+        *(
+            federated(f"chest_xray_{name}", overlay(CHEST_XRAY, training), rounds=12, min_clients=2)
+            for name, training in STRATEGIES.items()
+        ),
+    ]
 
 
 def write(folder: Path) -> None:

@@ -93,10 +93,10 @@ PROBLEMS = [problem(0, SIZES[0], 3.0), problem(1, SIZES[1], -1.0)]
 
 def make_site(rows, strategy=None, *, name="a", network=None, keep=None, **training):
     cases = [Case(image=str(i), label="x", patient=str(i)) for i in range(len(rows[0]))]
+    held_out = [Case(image=f"v{i}", label="x", patient=f"v{i}") for i in range(len(cases))]
     manifest = Manifest(
-        name="toy", modality="OT", task="classification", classes=["x", "y"], training=cases,
-        validation=[case.model_copy(update={"patient": f"v{case.patient}", "image": f"v{case.image}"}) for case in cases],
-    )  # fmt: skip
+        name="toy", modality="OT", task="classification", classes=["x", "y"], training=cases, validation=held_out
+    )
     settings = {
         "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "gradient_clip": None, "schedule": "constant",
         "learning_rate": 0.05, "batch_size": 64, "precision": "float32", "strategy": strategy or {"name": "fedavg"},

@@ -77,7 +77,8 @@ class JobFolder:
         settings = JobSettings(self._executor)
         if workflow.strategy != settings.training.strategy:
             raise _bad(
-                self.path / _SERVER, f"the workflow's strategy differs from training.strategy in {_CLIENT}; make them equal"
+                self.path / _SERVER,
+                f"the workflow's strategy differs from training.strategy in {_CLIENT}; make them equal",
             )
         return settings
 

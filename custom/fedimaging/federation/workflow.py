@@ -66,7 +66,7 @@ class FederatedAveraging(FlareFedAvg):
     scalars go to TensorBoard there.
     """
 
-    def __init__(  # noqa: PLR0917 (FLARE names them)
+    def __init__(
         self,
         num_rounds: int,
         min_clients: int,

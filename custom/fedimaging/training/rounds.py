@@ -6,6 +6,8 @@ With one site it is ordinary training; the baselines of a comparison, pooled and
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from fedimaging.training.loop import RoundResult, Site
 from fedimaging.training.strategies import State, exchanged
 
@@ -31,10 +33,10 @@ def run_rounds(sites: Sequence[Site], rounds: int, *, steps: int | None = None) 
     for number in range(rounds):
         message = server.outgoing(weights)
         results = [site.train(site.receive(message), number, rounds, steps) for site in sites]
-        counts = [1 if server.equal_weights else result.cases for result in results]
+        counts = torch.tensor([1 if server.equal_weights else result.cases for result in results])
         mean = {
-            name: sum(count * result.sent[name] for count, result in zip(counts, results, strict=True)) / sum(counts)
-            for name in results[0].sent
+            name: torch.tensordot(counts.to(value) / counts.sum(), torch.stack([r.sent[name] for r in results]), dims=1)
+            for name, value in results[0].sent.items()
         }
         arrived, weights = weights, server.update(weights, mean, share=1.0)
         yield Round(arrived, results, weights)

@@ -139,10 +139,11 @@ class Proximal(Local):
 
     def __init__(self, mu: float, toward: State | None = None) -> None:
         super().__init__()
-        self._mu, self._given, self._toward = mu, toward, {}
+        self._mu, self._given = mu, toward
+        self._toward: State = {}
 
     def begin(self, network: nn.Module) -> None:
-        self._toward: dict[str, Tensor] = {
+        self._toward = {
             name: (parameter if self._given is None else self._given[name]).detach().clone().to(parameter)
             for name, parameter in network.named_parameters()
         }
@@ -277,9 +278,7 @@ class FedOptServer(Server):
 
     def __init__(self, network: nn.Module, settings: FedOpt) -> None:
         parameters = dict(network.named_parameters())
-        self._parameters = {
-            name: nn.Parameter(parameters[name].detach().cpu().clone()) for name in trainable(network)
-        }
+        self._parameters = {name: nn.Parameter(parameters[name].detach().cpu().clone()) for name in trainable(network)}
         steps, rate = self._parameters.values(), settings.learning_rate
         self._optimizer: torch.optim.Optimizer
         if settings.optimizer == "sgd":
