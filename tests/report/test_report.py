@@ -672,3 +672,14 @@ def test_place_that_cannot_be_written_is_told(workspace: Path, tmp_path: Path) -
         write_report(workspace, tmp_path / "absent" / "out.html")
     with pytest.raises(FedImagingError, match=r"\.html"):
         write_report(workspace, tmp_path / "out.json")
+
+
+def test_a_personal_model_is_told(workspace: Path) -> None:
+    path = workspace / "server/simulate_job/cross_site_val/cross_val_results.json"
+    assert "model of its own" not in write_report(workspace)[0].read_text()
+    results = json.loads(path.read_text())
+    for models in results.values():
+        for figures in models.values():
+            figures["judged"] = "personal"
+    path.write_text(json.dumps(results))
+    assert "Each hospital is judged by a model of its own" in write_report(workspace)[0].read_text()

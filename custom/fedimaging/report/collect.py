@@ -444,6 +444,8 @@ def _test_cautions(report: dict[str, Any], evaluations: dict[str, Any]) -> list[
             cautions.append(f"The interval of {site} is wide, {low:.3f}–{high:.3f}: more test cases would tell more.")
         if cases is not None and cases < FEW_CASES:
             few.append(f"{site} ({cases})")
+    if any(evaluation["personal"] for evaluation in evaluations.values()):
+        cautions.insert(0, "Each hospital is judged by a model of its own, a part of which never left it.")
     return cautions + ([f"Few test cases: {_listing(few)}."] if few else [])
 
 

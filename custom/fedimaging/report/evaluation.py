@@ -98,6 +98,7 @@ def read_evaluation(raw: dict[str, Any]) -> dict[str, Any]:
         "split": raw["split"] if raw.get("split") in SPLITS else "test",
         "task": str(raw.get("task", "")),
         "min_cell": min_cell,
+        "personal": raw.get("judged") == "personal",
         **counts,
         "patients": to_number(raw.get("patients")),
         "skipped": to_number(raw.get("skipped")),
