@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from nvflare.lighter.constants import ParticipantType, PropKey, ProvFileName
@@ -24,19 +24,23 @@ from nvflare.lighter.impl.cert import CertBuilder
 from nvflare.lighter.spec import Builder
 from nvflare.lighter.utils import Identity, generate_cert
 
-import fedimaging
 from fedimaging.datasets.site import SITE_FILE
 from fedimaging.errors import FedImagingError
 from fedimaging.federation import policy
 from fedimaging.federation.protocol import START_MODELS_FILE
-from fedimaging.version import PACKAGE, SOURCE_SUFFIXES, tree_hash
+from provisioning import package
 from provisioning.keys import CLOCK_SKEW, new_rsa_key
-from provisioning.kit import CODE_KEY, FORMAT, MANIFEST, SIGNATURE, code_fingerprint, hash_file, root_fingerprint
-
-REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
-GUIDE = "GUIDE.md"
-TEMPLATES = Path(__file__).with_name("templates")
-PACKAGE_NAME = PACKAGE.name
+from provisioning.kit import (
+    CODE_KEY,
+    FORMAT,
+    MANIFEST,
+    RESOURCES,
+    SIGNATURE,
+    code_fingerprint,
+    hash_file,
+    resources_file,
+    root_fingerprint,
+)
 
 _SITE_OWNED = ("resources.json", "authorization.json", "log_config.json", SITE_FILE, START_MODELS_FILE, "privacy.json")
 _DELIVERED_STORAGE = "/var/lib/fedimaging"
@@ -130,7 +134,7 @@ def _key_usage(encipherment: bool) -> x509.KeyUsage:
 
 
 class SiteBuilder(Builder):
-    """Puts the package's source files, the requirements, the policies and the guide into the kits."""
+    """Puts the site package, the participant's own resources and the files that a site edits into the kits."""
 
     def build(self, project: Project, ctx: ProvisionContext) -> None:
         for participant in _to_build(project):
@@ -138,42 +142,25 @@ class SiteBuilder(Builder):
                 self._build_site(participant, Path(ctx.get_ws_dir(participant)))
 
     def _build_site(self, participant: Participant, kit: Path) -> None:
-        local = kit / "local"
-        copy_package(local / "custom" / PACKAGE_NAME)
-        shutil.copyfile(REQUIREMENTS, local / "requirements.txt")
-        policy.write_json(local / ProvFileName.AUTHORIZATION_JSON_DEFAULT, policy.authorization())
-        policy.write_json(local / ProvFileName.LOG_CONFIG_DEFAULT, policy.log_config())
-        (local / ProvFileName.PRIVACY_JSON_SAMPLE).unlink()
-        resources = local / ProvFileName.RESOURCES_JSON_DEFAULT
-        if participant.type == ParticipantType.SERVER:
-            storage = Path(participant.get_prop("storage", _DELIVERED_STORAGE))
-            policy.write_json(resources, policy.server_resources(storage))
-            return
+        (kit / "local" / ProvFileName.PRIVACY_JSON_SAMPLE).unlink()
+        files = package.contents()
+        own = {"type": participant.type, "settings": settings(participant)}
+        for name, content in {**files, RESOURCES: resources_file(package.manifest(files), own)}.items():
+            (kit / name).parent.mkdir(parents=True, exist_ok=True)
+            (kit / name).write_bytes(content)
+        if participant.type == ParticipantType.CLIENT:
+            policy.write_json(kit / "local" / "privacy.json", policy.privacy())
+            shutil.copyfile(package.TEMPLATES / SITE_FILE, kit / "local" / SITE_FILE)
+
+
+def settings(participant: Participant) -> dict[str, Any] | None:
+    """What ``project.yml`` says of a participant's resources; None for people, who run nothing."""
+    if participant.type == ParticipantType.SERVER:
+        return {"storage": participant.get_prop("storage", _DELIVERED_STORAGE)}
+    if participant.type == ParticipantType.CLIENT:
         capacity = participant.get_prop(PropKey.CAPACITY) or {}
-        gpus, memory = capacity.get(PropKey.NUM_GPUS, 0), capacity.get(PropKey.GPU_MEM, 0)
-        policy.write_json(resources, policy.client_resources(gpus, memory))
-        policy.write_json(local / "privacy.json", policy.privacy())
-        shutil.copyfile(TEMPLATES / SITE_FILE, local / SITE_FILE)
-        shutil.copyfile(TEMPLATES / GUIDE, kit / GUIDE)
-
-
-def package_sources() -> dict[str, Path]:
-    """The package's source files by their path inside it. A file of another kind stops the build: it would ship."""
-    sources = {}
-    for path in sorted(PACKAGE.rglob("*")):
-        name = path.relative_to(PACKAGE)
-        if "__pycache__" in name.parts or (path.is_dir() and not path.is_symlink()):
-            continue
-        if path.is_symlink() or path.suffix not in SOURCE_SUFFIXES:
-            raise FedImagingError(f"{path}: no source file of the package; remove it before kits are built")
-        sources[name.as_posix()] = path
-    return sources
-
-
-def copy_package(folder: Path) -> None:
-    for name, path in package_sources().items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / name)
+        return {"gpus": capacity.get(PropKey.NUM_GPUS, 0), "gpu_memory": capacity.get(PropKey.GPU_MEM, 0)}
+    return None
 
 
 class ManifestBuilder(Builder):
@@ -189,31 +176,31 @@ class ManifestBuilder(Builder):
 
 
 def sign_kit(kit: Path, participant: Participant, federation: str, code_key: ec.EllipticCurvePrivateKey) -> None:
-    """Writes a kit's manifest, its signature (ECDSA P-256 over SHA-256) and the code-signing key's public half."""
+    """Signs a kit's package, and in a manifest of its own all else that stays as it is."""
     base = "server" if participant.type == ParticipantType.SERVER else "client"
     key, certificate = f"startup/{base}.key", f"startup/{base}.crt"
-    names = sorted(path.relative_to(kit).as_posix() for path in kit.rglob("*") if path.is_file())
+    names = {path.relative_to(kit).as_posix() for path in kit.rglob("*") if path.is_file()}
+    if own := settings(participant):
+        packaged = package.contents()
+        for name, content in package.signature_files(package.manifest(packaged), code_key).items():
+            (kit / name).write_bytes(content)
+        names -= {*packaged, RESOURCES}
     site = {f"local/{name}" for name in _SITE_OWNED}
-    files = {name: hash_file(kit / name) for name in names if name not in site and name != key}
-    prefix = f"local/custom/{PACKAGE_NAME}/"
-    package = {name.removeprefix(prefix): value for name, value in files.items() if name.startswith(prefix)}
-    public = code_key.public_key()
     manifest = {
         "format": FORMAT,
+        "kind": "kit",
         "project": federation,
         "participant": participant.name,
         "type": participant.type,
         "org": participant.org,
         "role": participant.get_prop(PropKey.ROLE),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "package": (
-            {"name": PACKAGE_NAME, "version": fedimaging.__version__, "sha256": tree_hash(package)} if package else None
-        ),
+        "settings": own,
         "root": root_fingerprint(x509.load_pem_x509_certificate((kit / "startup" / "rootCA.pem").read_bytes())),
-        "code": code_fingerprint(public),
+        "code": code_fingerprint(code_key.public_key()),
         "key": key,
         "certificate": certificate,
-        "files": files,
+        "files": {name: hash_file(kit / name) for name in sorted(names - site - {key})},
         "site_files": {
             name: {
                 "sha256": hash_file(kit / name) if name in names else None,
@@ -225,6 +212,4 @@ def sign_kit(kit: Path, participant: Participant, federation: str, code_key: ec.
     raw = json.dumps(manifest, indent=1).encode() + b"\n"
     (kit / MANIFEST).write_bytes(raw)
     (kit / SIGNATURE).write_bytes(code_key.sign(raw, ec.ECDSA(hashes.SHA256())))
-    (kit / CODE_KEY).write_bytes(
-        public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    )
+    (kit / CODE_KEY).write_bytes(package.public_pem(code_key))

@@ -11,12 +11,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedimaging import __version__
 from fedimaging.errors import FedImagingError
+from fedimaging.version import package_hash
 from provisioning import kit
 from provisioning.federation import Federation, build, default_folder
 from provisioning.handover import hand_over
-from provisioning.keys import PASSPHRASE_VARIABLE, admin_passphrase
-from provisioning.kit import KitError, spoken
+from provisioning.keys import PASSPHRASE_VARIABLE, Keys, admin_passphrase
+from provisioning.kit import KitError, hash_file, spoken
+from provisioning.lock import LOCKS, locked, write_locks
+from provisioning.package import write_package
 from provisioning.project import PROJECT_FILE, ProjectFile, check
 
 
@@ -56,6 +60,24 @@ def _parser() -> argparse.ArgumentParser:
     kit.add_passphrase_file(command, PASSPHRASE_VARIABLE)
     command = _add(commands, "handover", "encrypt a kit for its participant", "handover hospital-a", _run_handover)
     command.add_argument("name", help="the participant")
+    command = _add(
+        commands,
+        "package",
+        "write the site package of this version, for the sites to install",
+        "package --out fedimaging-0.2.0.package",
+        _run_package,
+    )
+    command.add_argument("--out", type=Path, required=True, help="the file to write")
+    kit.add_passphrase_file(command, PASSPHRASE_VARIABLE)
+    command = commands.add_parser(
+        "lock",
+        help="write the lock files and bills of materials anew",
+        description="Write the lock files and bills of materials anew, as requirements.txt says. Needs the internet.",
+        epilog="example:\n  python -m provisioning lock",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--upgrade", action="store_true", help="take the newest of what requirements.txt does not pin")
+    command.set_defaults(run=_run_lock)
     kit.add_commands(commands)
     return parser
 
@@ -115,6 +137,26 @@ def _run_build(arguments: argparse.Namespace) -> None:
     out.print(f"root certificate  {spoken(federation.record['root'])}", highlight=False, soft_wrap=True)
     out.print(f"code-signing key  {spoken(federation.record['code'])}", highlight=False, soft_wrap=True)
     out.print("next: python -m provisioning handover NAME, for each of them", highlight=False)
+
+
+def _run_package(arguments: argparse.Namespace) -> None:
+    federation = _federation(arguments, ProjectFile(arguments.project))
+    if not federation.participants:
+        raise FedImagingError(f"{federation.folder}: no kit was built yet; kits come with the package of their day")
+    keys = Keys.read(federation.folder, admin_passphrase(arguments, federation.folder)())
+    write_package(arguments.out, keys.code_key)
+    out = Console(stderr=True)
+    out.print(f"{arguments.out}: fedimaging {__version__}", highlight=False, soft_wrap=True)
+    out.print(f"sources   {spoken(package_hash())}", highlight=False, soft_wrap=True)
+    out.print(f"the file  {spoken(hash_file(arguments.out))}", highlight=False, soft_wrap=True)
+    out.print("next: send it to the sites; each runs `kit.py install KIT FILE --pins PINS`", highlight=False)
+
+
+def _run_lock(arguments: argparse.Namespace) -> None:
+    with Console(stderr=True).status("asking pip, nothing is installed"):
+        write_locks(arguments.upgrade)
+    for lock in LOCKS:
+        print(f"{lock.path.name}: {len(locked(lock))} packages")
 
 
 def _run_handover(arguments: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from nvflare.lighter.utils import serialize_cert
 from fedimaging.errors import FedImagingError
 from provisioning.builders import CertificateBuilder, FederationProject
 from provisioning.keys import SEALED, Keys
-from provisioning.kit import MANIFEST, write_private
+from provisioning.kit import MANIFEST, PACKAGE_MANIFEST, write_private
 from provisioning.project import LASTING, ProjectFile, check
 
 RECORD = "federation.json"
@@ -202,9 +202,10 @@ def _take(federation: Federation, entry: dict[str, Any], made: Path) -> None:
 def kit_facts(kit: Path) -> dict[str, Any]:
     """What the record keeps of a kit: its package, and its certificate's serial number and dates."""
     manifest = json.loads((kit / MANIFEST).read_text())
+    package = json.loads((kit / PACKAGE_MANIFEST).read_text()) if manifest["settings"] is not None else None
     certificate = x509.load_pem_x509_certificate((kit / manifest["certificate"]).read_bytes())
     return {
-        "package": manifest["package"],
+        "package": package and {key: package[key] for key in ("name", "version", "sha256")},
         "serial": f"{certificate.serial_number:x}",
         "valid_from": certificate.not_valid_before_utc.isoformat(),
         "valid_until": certificate.not_valid_after_utc.isoformat(),

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from fedimaging.errors import FedImagingError
 from provisioning import kit as kit_file
@@ -44,7 +45,7 @@ def hand_over(federation: Federation, name: str) -> tuple[Path, str]:
         archive = folder / f"{name}.kit"
         write_private(archive, seal(pack(kit, manifest["made"]), passphrase, ARCHIVE, participant=name))
         shutil.copyfile(kit_file.__file__, folder / "kit.py")
-        (folder / SHEET).write_text(sheet(manifest, entry["valid_until"], archive, folder / "kit.py"))
+        (folder / SHEET).write_text(sheet(manifest, entry, archive, folder / "kit.py"))
         entry |= {"handed_over": datetime.now(UTC).isoformat(timespec="seconds"), "archive": hash_file(archive)}
         federation.save()
         remove_private_key(federation, name)
@@ -75,17 +76,17 @@ def pack(kit: Path, made: str) -> bytes:
     return packed.getvalue()
 
 
-def sheet(manifest: dict[str, object], valid_until: str, archive: Path, opener: Path) -> str:
+def sheet(manifest: dict[str, object], entry: dict[str, Any], archive: Path, opener: Path) -> str:
     """The page that goes with the archive: what is read out over the phone, and the commands."""
-    name, package = manifest["participant"], manifest["package"]
-    code = f"fedimaging {package['version']}\n  {spoken(package['sha256'])}" if isinstance(package, dict) else "none"
+    name, package = manifest["participant"], entry["package"]
+    code = f"fedimaging {package['version']}\n  {spoken(package['sha256'])}" if package else "none"
     return f"""Startup kit of {name}
 {"=" * (15 + len(str(name)))}
 
 Federation     {manifest["project"]}
 Participant    {name} ({manifest["type"]}, organisation {manifest["org"]})
 Kit made       {manifest["made"]}
-Valid until    {valid_until[:10]}
+Valid until    {entry["valid_until"][:10]}
 
 Fingerprints (SHA-256). Ring the project admin up, on a number that you know from elsewhere, and have these read out to
 you. Do not rely on this sheet: whoever can forge the kit can forge the sheet.

@@ -13,19 +13,27 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import gzip
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
+import signal
+import socket
 import stat
+import subprocess
 import sys
 import tarfile
+import time
+import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -36,6 +44,12 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.x509.oid import NameOID
 
 MANIFEST, SIGNATURE, CODE_KEY = "kit_manifest.json", "kit_manifest.sig", "code_signing.pem"
+PACKAGE_MANIFEST, PACKAGE_SIGNATURE = "package_manifest.json", "package_manifest.sig"
+PREVIOUS = "previous.package"
+RESOURCES = "local/resources.json.default"
+UNIT, CONSOLE_LOG = "fedimaging.service", "console.log"
+RESTART = 75
+"""the exit code that asks the service manager for a restart (EX_TEMPFAIL)"""
 ROOT = "startup/rootCA.pem"
 ARCHIVE = "fedimaging-kit-1"
 PASSPHRASE_VARIABLE = "KIT_PASSPHRASE"  # noqa: S105 (the name of a variable)
@@ -48,9 +62,19 @@ _CODE_SUFFIXES = (".py", ".pyc", ".pyo", ".pyd", ".so", ".pth", ".sh", ".egg")
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _RUNTIME = re.compile(
     r"(?:error_log|log|log_fl)\.txt(?:\.\d+)?|log\.json(?:\.\d+)?|audit\.log(?:\.\d+)?|"
-    rf"(?:pid|daemon_pid|restart|shutdown)\.fl|\.admin_cli_history|study_registry\.json|{_UUID}(?:/.*)?|transfer/.*"
+    rf"(?:pid|daemon_pid|restart|shutdown)\.fl|\.admin_cli_history|study_registry\.json|{_UUID}(?:/.*)?|transfer/.*|"
+    r"console\.log|\.install(?:ing|ed)/.*"
 )
-"""what FLARE writes beside startup/ and local/ while it runs"""
+"""what FLARE, and an installation that is cut short, write beside startup/ and local/"""
+_STAGING, _STAGED = ".installing", ".installed"
+_NEVER_RUN = ("transfer/", f"{_STAGING}/", f"{_STAGED}/")
+_CONNECTION = re.compile(r"registered client|client_name|shutdown|disconnect|connect to server", re.IGNORECASE)
+_MAX_PACKAGE = 256 * 2**20
+_PACKAGED = re.compile(
+    r"local/custom/fedimaging/[\w./-]+|local/[\w-]+\.(?:lock|cdx\.json)|"
+    r"local/(?:authorization|log_config|privacy)\.json\.default|GUIDE\.md|fedimaging\.service"
+)
+"""what a package may put into a kit: nothing of startup/, and none of the site's own files"""
 
 
 class KitError(Exception):
@@ -113,6 +137,8 @@ class Report:
     site_changes: list[str] = field(default_factory=list)
     """files of the site's own that differ from what was delivered"""
     manifest: dict[str, Any] = field(default_factory=dict)
+    package: dict[str, Any] = field(default_factory=dict)
+    """the manifest of the installed package; a person's kit has none"""
     days_left: int | None = None
 
     def add(self, kind: str, where: str, why: str = "") -> None:
@@ -154,44 +180,61 @@ def verify(kit: Path, pins: Pins, now: datetime | None = None) -> Report:
         raise KitError(f"{kit}: no such kit folder")
     if not (kit / "startup").is_dir() or not (kit / "local").is_dir():
         raise KitError(f"{kit}: no startup kit: it has no startup/ and local/")
-    manifest = _trusted_manifest(kit, pins, report)
+    if (kit / _STAGED).exists():
+        report.add("interrupted", _STAGED, "an installation was cut short; `install`, `rollback` or `start` ends it")
+    manifest = _trusted_manifest(_signed_files(kit, MANIFEST, SIGNATURE, report), "kit", pins, report)
     if manifest is not None:
         report.manifest = manifest
-        _check_files(kit, manifest, report)
-        _check_versions(manifest, pins, report)
+        if manifest["settings"] is not None:
+            signed = _signed_files(kit, PACKAGE_MANIFEST, PACKAGE_SIGNATURE, report)
+            report.package = _trusted_manifest(signed, "package", pins, report) or {}
+        if report.package or manifest["settings"] is None:
+            _check_files(kit, manifest, report)
+        _check_names(manifest, report.package, pins, report)
     _check_certificates(kit, pins, manifest, report, now or datetime.now(UTC))
     return report
 
 
-def _trusted_manifest(kit: Path, pins: Pins, report: Report) -> dict[str, Any] | None:
-    contents = {name: _read(kit, name, report) for name in (CODE_KEY, SIGNATURE, MANIFEST)}
-    key_pem, signature, raw = contents.values()
+def _signed_files(kit: Path, manifest: str, signature: str, report: Report) -> dict[str, bytes | None]:
+    return {name: _read(kit, name, report) for name in (manifest, signature, CODE_KEY)}
+
+
+def _trusted_manifest(
+    files: Mapping[str, bytes | None], kind: str, pins: Pins, report: Report
+) -> dict[str, Any] | None:
+    """A manifest that the pinned key signed, of ``files``: the manifest, its signature and the key, in this order."""
+    name, (raw, signature, key_pem) = next(iter(files)), files.values()
     if key_pem is None or signature is None or raw is None:
         return None
     try:
         key = serialization.load_pem_public_key(key_pem)
     except ValueError:
-        report.add("code key", CODE_KEY, "no public key")
-        return None
+        key = None
     if not isinstance(key, ec.EllipticCurvePublicKey) or code_fingerprint(key) != pins.code:
-        report.add("code key", CODE_KEY, "the kit is signed by another key than the pinned one")
+        finding = Finding("code key", CODE_KEY, "signed by another key than the pinned one")
+        if finding not in report.findings:
+            report.findings.append(finding)
         return None
     try:
         key.verify(signature, raw, ec.ECDSA(hashes.SHA256()))
         manifest = json.loads(raw)
     except InvalidSignature:
-        report.add("changed", MANIFEST, "the signature does not fit")
+        report.add("changed", name, "the signature does not fit")
         return None
-    if manifest.get("format") != FORMAT:
-        report.add("version", MANIFEST, "made by a newer version; use that version's kit.py")
+    if (manifest.get("format"), manifest.get("kind")) != (FORMAT, kind):
+        report.add("version", name, f"no {kind} of this format; use the kit.py of the version that made it")
         return None
     return dict(manifest)
 
 
 def _check_files(kit: Path, manifest: Mapping[str, Any], report: Report) -> None:
-    signed: dict[str, str] = manifest["files"]
+    signed: dict[str, str] = manifest["files"] | report.package.get("files", {})
+    if report.package:
+        signed[RESOURCES] = hash_bytes(resources_file(report.package, manifest))
     site: dict[str, dict[str, Any]] = manifest["site_files"]
     known = {*signed, *site, manifest["key"], MANIFEST, SIGNATURE, CODE_KEY}
+    if report.package:
+        known |= {PACKAGE_MANIFEST, PACKAGE_SIGNATURE, PREVIOUS}
     seen = set()
     for name, info in _walk(kit):
         seen.add(name)
@@ -213,20 +256,40 @@ def _check_files(kit: Path, manifest: Mapping[str, Any], report: Report) -> None
 
 
 def _is_runtime(name: str) -> bool:
-    """Whether FLARE writes such a file while it runs. Code is none, but in transfer/, from where nothing is run."""
-    return bool(_RUNTIME.fullmatch(name)) and (
-        name.startswith("transfer/") or not name.lower().endswith(_CODE_SUFFIXES)
-    )
+    """Whether FLARE writes such a file while it runs. Code is none, but where nothing is run from."""
+    return bool(_RUNTIME.fullmatch(name)) and (name.startswith(_NEVER_RUN) or not name.lower().endswith(_CODE_SUFFIXES))
 
 
-def _check_versions(manifest: Mapping[str, Any], pins: Pins, report: Report) -> None:
+def resources_file(package: Mapping[str, Any], manifest: Mapping[str, Any]) -> bytes:
+    """``local/resources.json.default``: the package's template for this type of participant with its own settings."""
+    resources = _filled(package["resources"][manifest["type"]], manifest["settings"])
+    return json.dumps(resources, indent=2).encode() + b"\n"
+
+
+def _filled(value: Any, settings: Mapping[str, Any]) -> Any:
+    """A template with the values of its ``<names>``."""
+    if isinstance(value, dict):
+        return {key: _filled(inner, settings) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_filled(inner, settings) for inner in value]
+    if not isinstance(value, str):
+        return value
+    whole = re.fullmatch(r"<(\w+)>", value)
+    return settings[whole[1]] if whole else re.sub(r"<(\w+)>", lambda name: str(settings[name[1]]), value)
+
+
+def _check_names(manifest: Mapping[str, Any], package: Mapping[str, Any], pins: Pins, report: Report) -> None:
     if manifest["participant"] != pins.participant:
         report.add("name", MANIFEST, f"this is the kit of {manifest['participant']}, not of {pins.participant}")
-    package = manifest.get("package")
-    if pins.versions and package and package["version"] not in pins.versions:
-        report.add(
-            "version", "local/custom", f"fedimaging {package['version']}; accepted are {', '.join(pins.versions)}"
-        )
+    if package and (why := _unaccepted(package, pins)):
+        report.add("version", PACKAGE_MANIFEST, why)
+
+
+def _unaccepted(package: Mapping[str, Any], pins: Pins) -> str:
+    """Why a package's version is not one of those that the pins name; empty if it is, or if they name none."""
+    if not pins.versions or package["version"] in pins.versions:
+        return ""
+    return f"fedimaging {package['version']}; accepted are {', '.join(pins.versions)}"
 
 
 def _check_certificates(
@@ -314,6 +377,10 @@ def _walk(kit: Path) -> Iterator[tuple[str, os.stat_result]]:
         for name in sorted([*files, *links]):
             path = Path(folder) / name
             yield path.relative_to(kit).as_posix(), path.lstat()
+
+
+def hash_bytes(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def hash_file(path: Path) -> str:
@@ -412,6 +479,130 @@ def write_private(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
+# -- another version of the package ------------------------------------------------------------------------------------
+
+
+def install(kit: Path, archive: Path, pins: Pins) -> dict[str, Any]:
+    """Installs a site package into a stopped kit that verifies, and keeps the one it replaces for :func:`rollback`.
+
+    Everything is checked and written beside the old files first. From then on an interruption is no harm: the next
+    call, or the next start, ends what was begun. The site's own files are not touched.
+
+    Returns:
+        The manifest of the package.
+    """
+    finish_installation(kit)
+    if running := processes(kit):
+        raise KitError(f"{kit}: runs (process {running[0]}); stop it first")
+    report = verify(kit, pins)
+    if not report.package or any(finding.kind not in {"version", "certificate"} for finding in report.findings):
+        raise KitError(f"{kit}: does not verify; mend that before another package is installed")
+    new = read_package(archive, pins)
+    package: dict[str, Any] = json.loads(new[PACKAGE_MANIFEST])
+    if new[PACKAGE_MANIFEST] == (kit / PACKAGE_MANIFEST).read_bytes():
+        raise KitError(f"{archive}: fedimaging {package['version']} ({package['sha256'][:16]}) is installed already")
+    old_names = [*report.package["files"], PACKAGE_MANIFEST, PACKAGE_SIGNATURE]
+    old = {name: (kit / name).read_bytes() for name in [*old_names, CODE_KEY]}
+    staged = new | {RESOURCES: resources_file(package, report.manifest), PREVIOUS: pack_files(old)}
+    work = kit / _STAGING
+    shutil.rmtree(work, ignore_errors=True)
+    for name, content in staged.items():
+        _write_whole(work / "new" / name, content)
+    _write_whole(work / "removed.json", json.dumps(sorted(set(old_names) - set(new))).encode())
+    work.rename(kit / _STAGED)
+    finish_installation(kit)
+    return package
+
+
+def rollback(kit: Path, pins: Pins) -> dict[str, Any]:
+    """Installs the package that was in place before; a second rollback undoes the first."""
+    finish_installation(kit)
+    if not (kit / PREVIOUS).is_file():
+        raise KitError(f"{kit}: no other package was installed before")
+    return install(kit, kit / PREVIOUS, pins)
+
+
+def finish_installation(kit: Path) -> None:
+    """Moves the files of a staged package to their places; can be interrupted and repeated."""
+    staged = kit / _STAGED
+    if not staged.is_dir():
+        return
+    for source in sorted(path for path in (staged / "new").rglob("*") if path.is_file()):
+        target = kit / source.relative_to(staged / "new")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.replace(target)
+    removed = staged / "removed.json"
+    for name in json.loads(removed.read_text()) if removed.exists() else ():
+        (kit / name).unlink(missing_ok=True)
+    for folder in sorted((kit / "local" / "custom").rglob("*"), reverse=True):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    shutil.rmtree(staged)
+
+
+def read_package(archive: Path, pins: Pins) -> dict[str, bytes]:
+    """The files of a site package, which the pinned code key signed, by their place in a kit."""
+    try:
+        with tarfile.open(archive, mode="r:gz") as tar:
+            files = {member.name: _content(tar, member) for member in _limited(tar)}
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise KitError(f"{archive}: can't read the package: {error}") from None
+    signed = {name: files.get(name) for name in (PACKAGE_MANIFEST, PACKAGE_SIGNATURE, CODE_KEY)}
+    report = Report()
+    package = _trusted_manifest(signed, "package", pins, report)
+    if package is None:
+        why = report.findings[0].why if report.findings else "it is not signed"
+        raise KitError(f"{archive}: refused: {why}")
+    if why := _unaccepted(package, pins):
+        raise KitError(f"{archive}: refused: {why}; `verify --version ... --pin` changes them")
+    named = package["files"]
+    for name in sorted(set(files) ^ {*named, *signed}):
+        raise KitError(f"{archive}: refused: {name} is {'not signed' if name in files else 'missing'}")
+    for name, sha256 in named.items():
+        if not _PACKAGED.fullmatch(name) or ".." in name or hash_bytes(files[name]) != sha256:
+            raise KitError(f"{archive}: refused: {name} was changed, or is no file of a package")
+    return {name: content for name, content in files.items() if name != CODE_KEY}
+
+
+def _limited(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    size = 0
+    for member in tar:
+        size += member.size
+        if size > _MAX_PACKAGE:
+            raise KitError("refused: larger than any package")
+        yield member
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    content = tar.extractfile(member) if member.isreg() else None
+    if content is None:
+        raise KitError(f"refused: {member.name} is no plain file")
+    return content.read()
+
+
+def pack_files(files: Mapping[str, bytes]) -> bytes:
+    """A gzipped tar of nobody's files, the same bytes for the same files."""
+    packed = io.BytesIO()
+    with (
+        gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for name in sorted(files):
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(files[name]), 0o644
+            tar.addfile(info, io.BytesIO(files[name]))
+    return packed.getvalue()
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        os.fchmod(file.fileno(), 0o644)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 # -- start -------------------------------------------------------------------------------------------------------------
 
 
@@ -430,25 +621,149 @@ def start_environment(kit: Path, environment: Mapping[str, str]) -> dict[str, st
     }
 
 
-def start(kit: Path, foreground: bool) -> NoReturn:
-    """Replaces this process by the kit's own start script. Call :func:`verify` first."""
-    kit = kit.resolve()
-    script = kit / "startup" / ("sub_start.sh" if foreground else "start.sh")
-    arguments = ["--once"] if foreground else []
+def start(kit: Path) -> int:
+    """Runs the kit's own start script in the background; its first words go to ``console.log``. :func:`verify` first.
+
+    Returns:
+        The process that keeps the kit running.
+    """
+    if running := processes(kit):
+        raise KitError(f"{kit}: runs already (process {running[0]})")
+    handle = os.open(kit / CONSOLE_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(handle, "w") as log:
+        _script(kit, "start.sh", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True).wait()
+    deadline = time.monotonic() + 10
+    while not (running := processes(kit)):
+        if time.monotonic() > deadline:
+            raise KitError(f"{kit}: did not start; see {kit / CONSOLE_LOG}")
+        time.sleep(0.1)
+    return running[0]
+
+
+def run(kit: Path) -> int:
+    """Runs the kit in the foreground, as a service manager wants it, and passes SIGTERM on. :func:`verify` first.
+
+    Returns:
+        The exit code; that of a failure also where an admin asked for a restart, so that the manager starts it anew.
+    """
     if (kit / "startup" / "fl_admin.sh").exists():
-        script, arguments = kit / "startup" / "fl_admin.sh", []
-    os.umask(0o077)
-    os.chdir(kit)
-    sys.stdout.flush()
-    bash = "/bin/bash"
-    os.execve(bash, [bash, str(script), *arguments], start_environment(kit, os.environ))  # noqa: S606
+        return _script(kit, "fl_admin.sh").wait()
+    process = _script(kit, "sub_start.sh", "--once")
+    asked = []
+
+    def stop_it(number: int, _: object) -> None:
+        asked.append(number)
+        process.terminate()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop_it)
+    code = process.wait()
+    if asked:
+        return 0
+    return RESTART if (kit / "restart.fl").exists() else abs(code)
+
+
+def _script(kit: Path, name: str, *arguments: str, **named: Any) -> subprocess.Popen[bytes]:
+    script = kit / "startup" / name
+    return subprocess.Popen(  # noqa: S603 (call `verify` first)
+        ["/bin/bash", str(script), *arguments], cwd=kit, env=start_environment(kit, os.environ), umask=0o077, **named
+    )
+
+
+def stop(kit: Path, seconds: float) -> list[int]:
+    """Stops a kit that runs: FLARE says good-bye to the server first. Returns what had to be killed.
+
+    The script that would start FLARE anew is ended before FLARE; jobs end with FLARE.
+    """
+    keeper = str(kit / "startup" / "sub_start.sh")
+    keepers = [number for number in processes(kit) if keeper in _command_line(number)]
+    for number in [*keepers, *_parents([number for number in processes(kit) if number not in keepers])]:
+        _signal(number, signal.SIGTERM)
+    deadline = time.monotonic() + seconds
+    while (running := processes(kit)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for number in running:
+        _signal(number, signal.SIGKILL)
+    for name in ("pid.fl", "daemon_pid.fl", "shutdown.fl", "restart.fl"):
+        (kit / name).unlink(missing_ok=True)
+    return running
+
+
+def processes(kit: Path) -> list[int]:
+    """The running processes of a kit, the first started first: FLARE's script that keeps it running, FLARE, jobs."""
+    numbers = sorted(int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
+    return [number for number in numbers if _is_of(kit, _command_line(number))]
+
+
+def _is_of(kit: Path, line: Sequence[str]) -> bool:
+    flare = any(part.startswith("nvflare.private.fed.app.") for part in line)
+    return str(kit / "startup" / "sub_start.sh") in line or (flare and str(kit) in line)
+
+
+def _parents(numbers: Sequence[int]) -> list[int]:
+    """Those that none of the others started."""
+    return [number for number in numbers if _parent(number) not in numbers]
+
+
+def _parent(number: int) -> int:
+    try:
+        return int(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _command_line(number: int) -> list[str]:
+    try:
+        return Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def _signal(number: int, what: signal.Signals) -> None:
+    try:
+        os.kill(number, what)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        raise KitError(f"process {number} belongs to another user; stop the kit as that user") from None
+
+
+def service_unit(kit: Path, pins: Path, user: str, data: Sequence[Path]) -> str:
+    """The kit's systemd unit for this machine: only the server's addresses may be reached, and data only be read."""
+    host, port = server_address(kit)
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except OSError as error:
+        raise KitError(
+            f"{host}: can't be resolved ({error.strerror}); the unit lets the kit reach its addresses only"
+        ) from None
+    paths = {"kit": kit, "pins": pins, "kit_py": Path(__file__).resolve(), "python": Path(sys.executable)}
+    for path in [*paths.values(), *data]:
+        if not re.fullmatch(r"[\w./@+-]+", str(path)):
+            raise KitError(f"{path}: systemd needs a path without spaces and special characters")
+    values = {name: str(path) for name, path in paths.items()} | {
+        "user": user,
+        "server": " ".join(sorted(found)),
+        "data": " ".join(str(path) for path in data) or "-/nonexistent",
+    }
+    return re.sub(r"@(\w+)@", lambda name: values[name[1]], (kit / UNIT).read_text())
+
+
+def server_address(kit: Path) -> tuple[str, int]:
+    """The one host and port that a hospital's kit connects to."""
+    file = kit / "startup" / "fed_client.json"
+    try:
+        host, _, port = json.loads(file.read_text())["servers"][0]["service"]["target"].rpartition(":")
+        return host, int(port)
+    except OSError:
+        raise KitError(f"{kit}: no hospital's kit") from None
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
 def add_commands(subparsers: Any) -> None:
-    """Registers ``open``, ``verify`` and ``start``."""
+    """Registers the commands of this file."""
     parser = _command(subparsers, "open", "unpack an encrypted kit", "open hospital-a.kit --to /srv/fedimaging")
     parser.add_argument("archive", type=Path, help="the encrypted archive")
     parser.add_argument("--to", type=Path, default=Path(), help="folder to make <participant>/ in (default: here)")
@@ -468,16 +783,40 @@ def add_commands(subparsers: Any) -> None:
     parser.add_argument("--pins", type=Path, help="take name and fingerprints from this file")
     parser.add_argument("--pin", type=Path, metavar="FILE", help="if all is well, keep them in this file for `start`")
     parser.set_defaults(run=_run_verify)
-    parser = _command(
-        subparsers,
-        "start",
-        "verify a kit and start it",
-        "start /srv/fedimaging/hospital-a --pins /etc/fedimaging/pins.json",
-    )
-    parser.add_argument("kit", type=Path, help="the kit's folder")
-    parser.add_argument("--pins", type=Path, required=True, help="the file that `verify --pin` wrote")
-    parser.add_argument("--foreground", action="store_true", help="stay in the foreground, for systemd")
-    parser.set_defaults(run=_run_start)
+    where = "/srv/fedimaging/hospital-a"
+    pinned = f"{where} --pins /etc/fedimaging/pins.json"
+    for name, says, example, function in (
+        ("start", "verify a kit and start it", pinned, _run_start),
+        ("stop", "stop a kit; the server is told", where, _run_stop),
+        ("restart", "verify a kit, stop it and start it again", pinned, _run_restart),
+        (
+            "status",
+            "say which version a kit holds, whether it runs and whether the server knows it",
+            pinned,
+            _run_status,
+        ),
+        ("logs", "show the end of a kit's log", f"{where} --follow", _run_logs),
+        ("install", "install a site package into a stopped kit", f"{where} new.package --pins pins.json", _run_install),
+        ("rollback", "install the package that was in place before", pinned, _run_rollback),
+        ("unit", "print a systemd unit that runs a kit", f"{pinned} --user fedimaging --data /srv/xray", _run_unit),
+    ):
+        parser = _command(subparsers, name, says, f"{name} {example}")
+        parser.add_argument("kit", type=Path, help="the kit's folder")
+        if name == "install":
+            parser.add_argument("package", type=Path, help="the package that the project admin issued")
+        if name not in {"stop", "logs"}:
+            parser.add_argument("--pins", type=Path, required=True, help="the file that `verify --pin` wrote")
+        if name in {"start", "restart"}:
+            parser.add_argument("--foreground", action="store_true", help="stay in the foreground, for systemd")
+        if name in {"stop", "restart"}:
+            parser.add_argument("--seconds", type=float, default=60, help="then it is ended by force (default: 60)")
+        if name == "logs":
+            parser.add_argument("--lines", type=int, default=50, help="how many (default: 50)")
+            parser.add_argument("--follow", action="store_true", help="wait for more")
+        if name == "unit":
+            parser.add_argument("--user", required=True, help="the ordinary user that runs the kit")
+            parser.add_argument("--data", type=Path, nargs="*", default=[], help="folders of images, to be read only")
+        parser.set_defaults(run=function)
 
 
 def _command(subparsers: Any, name: str, says: str, example: str) -> argparse.ArgumentParser:
@@ -530,10 +869,93 @@ def _run_verify(arguments: argparse.Namespace) -> int:
 
 
 def _run_start(arguments: argparse.Namespace) -> int:
-    report = verify(arguments.kit, Pins.read(arguments.pins))
-    if not _say(arguments.kit, report):
+    kit = arguments.kit.resolve()
+    finish_installation(kit)
+    if not _say(kit, verify(kit, Pins.read(arguments.pins))):
         return 1
-    start(arguments.kit, arguments.foreground)
+    sys.stdout.flush()
+    if arguments.foreground or (kit / "startup" / "fl_admin.sh").exists():
+        return run(kit)
+    print(f"started: process {start(kit)}; `logs` shows what it says, `status` whether the server knows it")
+    return 0
+
+
+def _run_stop(arguments: argparse.Namespace) -> None:
+    kit = arguments.kit.resolve()
+    if not processes(kit):
+        print(f"{kit}: does not run")
+        return
+    killed = stop(kit, arguments.seconds)
+    print(f"stopped after {arguments.seconds:g} seconds by force" if killed else "stopped")
+
+
+def _run_restart(arguments: argparse.Namespace) -> int:
+    if not _say(arguments.kit, verify(arguments.kit, Pins.read(arguments.pins))):
+        return 1
+    _run_stop(arguments)
+    return _run_start(arguments)
+
+
+def _run_status(arguments: argparse.Namespace) -> int:
+    kit = arguments.kit.resolve()
+    report = verify(kit, Pins.read(arguments.pins))
+    verified = _say(kit, report)
+    if report.package:
+        print(f"package      fedimaging {report.package['version']}, {report.package['sha256']}")
+    running = processes(kit)
+    print(f"runs         {', '.join(map(str, running)) if running else 'no'}")
+    if running:
+        lines = [line for line in _tail(kit / "log.txt", 2000) if _CONNECTION.search(line)]
+        print(f"server       {lines[-1].strip() if lines else 'not reached yet; see `logs`'}")
+    return 0 if verified and running else 1
+
+
+def _run_logs(arguments: argparse.Namespace) -> None:
+    path = arguments.kit / "log.txt"
+    if not path.exists():
+        raise KitError(f"{path}: nothing was logged yet; the first words of a start are in {CONSOLE_LOG}")
+    print("".join(_tail(path, arguments.lines)), end="", flush=True)
+    if not arguments.follow:
+        return
+    file = path.open(errors="replace")
+    file.seek(0, os.SEEK_END)
+    while True:
+        if line := file.readline():
+            print(line, end="", flush=True)
+        elif path.exists() and path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+            file.close()
+            file = path.open(errors="replace")
+        else:
+            time.sleep(0.2)
+
+
+def _tail(path: Path, lines: int) -> list[str]:
+    if not path.exists():
+        return []
+    with path.open(errors="replace") as file:
+        return list(deque(file, maxlen=lines))
+
+
+def _run_install(arguments: argparse.Namespace) -> int:
+    return _say_installed(arguments, install(arguments.kit.resolve(), arguments.package, Pins.read(arguments.pins)))
+
+
+def _run_rollback(arguments: argparse.Namespace) -> int:
+    return _say_installed(arguments, rollback(arguments.kit.resolve(), Pins.read(arguments.pins)))
+
+
+def _say_installed(arguments: argparse.Namespace, package: Mapping[str, Any]) -> int:
+    print(f"installed: fedimaging {package['version']} ({package['sha256']}); `rollback` undoes it")
+    return 0 if _say(arguments.kit, verify(arguments.kit, Pins.read(arguments.pins))) else 1
+
+
+def _run_unit(arguments: argparse.Namespace) -> int:
+    kit = arguments.kit.resolve()
+    if not _say_problems(kit, verify(kit, Pins.read(arguments.pins))):
+        return 1
+    data = [path.resolve() for path in arguments.data]
+    print(service_unit(kit, arguments.pins.resolve(), arguments.user, data), end="")
+    return 0
 
 
 def _pins(arguments: argparse.Namespace) -> Pins:
@@ -544,18 +966,25 @@ def _pins(arguments: argparse.Namespace) -> Pins:
     return Pins(arguments.name, fingerprint(arguments.root), fingerprint(arguments.code), tuple(arguments.versions))
 
 
-def _say(kit: Path, report: Report) -> bool:
-    """Prints a report. Returns whether the kit may be used."""
+def _say_problems(kit: Path, report: Report) -> bool:
+    """Prints what is wrong with a kit, if anything. Returns whether the kit may be used."""
     for finding in report.findings:
         print(finding, file=sys.stderr)
     if report.findings:
         print(f"refused: {kit}: {len(report.findings)} findings; do not start this kit", file=sys.stderr)
+    return not report.findings
+
+
+def _say(kit: Path, report: Report) -> bool:
+    """Prints a report. Returns whether the kit may be used."""
+    if not _say_problems(kit, report):
         return False
-    package = report.manifest.get("package")
+    package = report.package
     code = f", fedimaging {package['version']} ({package['sha256'][:16]})" if package else ""
+    signed = len(report.manifest["files"]) + len(package.get("files", ()))
     print(
         f"verified: {report.manifest['participant']} of {report.manifest['project']}{code}, "
-        f"{len(report.manifest['files'])} signed files, certificate valid for {report.days_left} days"
+        f"{signed} signed files, certificate valid for {report.days_left} days"
     )
     for name in report.site_changes:
         print(f"your own    {name} (differs from what was delivered, as it may)")

@@ -16,7 +16,7 @@ from fedimaging import __version__
 from fedimaging.errors import FedImagingError
 from fedimaging.federation.policy import ALLOWED_CLASSES
 from fedimaging.version import package_hash
-from provisioning import builders
+from provisioning import package as site_package
 from provisioning.cli import main
 from provisioning.federation import Federation, build
 from provisioning.kit import KitError, verify
@@ -57,15 +57,15 @@ def test_a_site_s_kit_holds_the_package_as_sources_only(made):
         files = {
             path.relative_to(custom / "fedimaging").as_posix(): path for path in custom.rglob("*") if path.is_file()
         }
-        assert files.keys() == builders.package_sources().keys()
-        assert all(path.read_bytes() == builders.PACKAGE.joinpath(key).read_bytes() for key, path in files.items())
+        assert files.keys() == site_package.package_sources().keys()
+        assert all(path.read_bytes() == site_package.PACKAGE.joinpath(key).read_bytes() for key, path in files.items())
         assert not [key for key in files if "__pycache__" in key or key.endswith(".pyc")]
     assert not (made.folder / "kits/lead@example.org/local/custom").exists()
 
 
 def test_the_manifest_says_version_and_hash_of_the_package(made):
     kit = made.folder / "kits/hospital-a"
-    package = json.loads((kit / "kit_manifest.json").read_text())["package"]
+    package = json.loads((kit / "package_manifest.json").read_text())
     assert package["version"] == __version__
     lines = subprocess.run(
         "find . -type f | sed 's#^./##' | LC_ALL=C sort | xargs sha256sum | sha256sum",
@@ -78,15 +78,15 @@ def test_something_that_is_no_source_stops_the_build(tmp_path, monkeypatch):
     package = tmp_path / "fedimaging"
     package.mkdir()
     (package / "a.py").write_text("")
-    monkeypatch.setattr(builders, "PACKAGE", package)
-    assert list(builders.package_sources()) == ["a.py"]
+    monkeypatch.setattr(site_package, "PACKAGE", package)
+    assert list(site_package.package_sources()) == ["a.py"]
     (package / "scan.dcm").write_bytes(b"")
     with pytest.raises(FedImagingError, match=r"scan\.dcm: no source file"):
-        builders.package_sources()
+        site_package.package_sources()
     (package / "scan.dcm").unlink()
     (package / "b.py").symlink_to("/etc/passwd")
     with pytest.raises(FedImagingError, match=r"b\.py"):
-        builders.package_sources()
+        site_package.package_sources()
 
 
 def test_openssl_and_jq_agree_on_a_kit(made):
@@ -205,8 +205,8 @@ def test_a_wrong_project_builds_nothing_and_names_the_line(tmp_path):
 
 
 def test_a_failing_builder_leaves_nothing_and_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(builders, "REQUIREMENTS", tmp_path / "no-requirements.txt")
-    with pytest.raises(FedImagingError, match=r"provisioning failed.*no-requirements\.txt"):
+    monkeypatch.setattr(site_package, "TEMPLATES", tmp_path / "no-templates")
+    with pytest.raises(FedImagingError, match=r"provisioning failed.*no-templates"):
         make_federation(tmp_path, project_text())
     assert [path.name for path in (tmp_path / "federation").iterdir() if path.name[0] != "."] == ["keys.sealed"]
     monkeypatch.undo()

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from provisioning import kit as kit_file
 from provisioning.kit import KitError, Pins, fingerprint, spoken, start_environment, verify
+from provisioning.package import public_pem
 from tests.provisioning.conftest import make_federation, pins, project_text, tree
 
 SCRIPT = Path(kit_file.__file__)
@@ -73,7 +74,9 @@ def test_kit_py_needs_nothing_but_cryptography():
         "startup/fed_client.json",
         "local/resources.json.default",
         "local/authorization.json.default",
-        "local/requirements.txt",
+        "local/requirements.lock",
+        "local/requirements.cdx.json",
+        "fedimaging.service",
         f"{PACKAGE}/__init__.py",
         f"{PACKAGE}/federation/executor.py",
         "GUIDE.md",
@@ -164,24 +167,42 @@ def test_the_site_s_own_files_may_change_and_are_listed(kit, handed_over):
     assert report.site_changes == ["local/datasets.yml", "local/privacy.json"]
 
 
-def test_a_manifest_that_is_edited_or_signed_anew_is_refused(kit, findings):
-    append(kit / PACKAGE / "cli.py")
-    manifest = json.loads((kit / "kit_manifest.json").read_text())
-    manifest["files"][f"{PACKAGE}/cli.py"] = kit_file.hash_file(kit / PACKAGE / "cli.py")
-    raw = json.dumps(manifest).encode()
-    (kit / "kit_manifest.json").write_bytes(raw)
-    assert findings() == {("changed", "kit_manifest.json")}
+def edit_and_sign_anew(kit, name):
+    """Enters a changed file into its manifest and signs both manifests with a key of one's own. Returns the key."""
     key = ec.generate_private_key(ec.SECP256R1())
-    (kit / "kit_manifest.sig").write_bytes(key.sign(raw, ec.ECDSA(hashes.SHA256())))
-    (kit / "code_signing.pem").write_bytes(
-        key.public_key().public_bytes(
-            kit_file.serialization.Encoding.PEM, kit_file.serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-    )
+    for manifest in ("kit_manifest", "package_manifest"):
+        content = json.loads((kit / f"{manifest}.json").read_text())
+        if name in content["files"]:
+            content["files"][name] = kit_file.hash_file(kit / name)
+        raw = json.dumps(content).encode()
+        (kit / f"{manifest}.json").write_bytes(raw)
+        (kit / f"{manifest}.sig").write_bytes(key.sign(raw, ec.ECDSA(hashes.SHA256())))
+    (kit / "code_signing.pem").write_bytes(public_pem(key))
+    return key
+
+
+@pytest.mark.parametrize(("manifest", "name"), [("kit", "startup/start.sh"), ("package", f"{PACKAGE}/cli.py")])
+def test_a_manifest_that_is_edited_or_signed_anew_is_refused(kit, findings, manifest, name):
+    append(kit / name)
+    path = kit / f"{manifest}_manifest.json"
+    content = json.loads(path.read_text())
+    content["files"][name] = kit_file.hash_file(kit / name)
+    path.write_text(json.dumps(content))
+    assert findings() == {("changed", f"{manifest}_manifest.json")}
+    edit_and_sign_anew(kit, name)
     assert findings() == {("code key", "code_signing.pem")}
 
 
-@pytest.mark.parametrize("name", ["kit_manifest.json", "kit_manifest.sig", "code_signing.pem"])
+def test_one_manifest_does_not_stand_for_the_other(kit, findings):
+    for suffix in ("json", "sig"):
+        shutil.copyfile(kit / f"kit_manifest.{suffix}", kit / f"package_manifest.{suffix}")
+    assert findings() == {("version", "package_manifest.json")}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["kit_manifest.json", "kit_manifest.sig", "package_manifest.json", "package_manifest.sig", "code_signing.pem"],
+)
 def test_a_kit_without_signature_is_refused(kit, findings, name):
     (kit / name).unlink()
     assert ("missing", name) in findings()
@@ -191,7 +212,7 @@ def test_a_package_signed_by_another_federation_s_code_key_is_refused(kit, findi
     theirs = strangers.folder / "kits/hospital-a"
     shutil.rmtree(kit / "local/custom")
     shutil.copytree(theirs / "local/custom", kit / "local/custom")
-    for name in ("kit_manifest.json", "kit_manifest.sig", "code_signing.pem"):
+    for name in ("package_manifest.json", "package_manifest.sig", "code_signing.pem"):
         shutil.copyfile(theirs / name, kit / name)
     assert ("code key", "code_signing.pem") in findings()
 
@@ -233,7 +254,7 @@ def test_an_expired_and_a_not_yet_valid_certificate_are_refused(findings):
 
 
 def test_a_version_that_is_not_accepted_is_refused(findings):
-    assert findings(versions=("99.0.0",)) == {("version", "local/custom")}
+    assert findings(versions=("99.0.0",)) == {("version", "package_manifest.json")}
     assert findings(versions=("99.0.0", kit_version())) == set()
 
 
@@ -307,23 +328,13 @@ def test_pins_do_not_go_into_the_kit(kit, handed_over):
 def test_start_verifies_runs_the_kit_s_script_and_shields_it(kit, handed_over, tmp_path):
     """The start script is replaced, and signed anew, by one that says what it sees."""
     pinned = tmp_path / "pins.json"
-    script = kit / "startup/start.sh"
-    script.write_text('env; echo "folder $PWD"; umask; python3 -c "import sys; print(sys.path[:2])"\n')
-    key = ec.generate_private_key(ec.SECP256R1())
-    manifest = json.loads((kit / "kit_manifest.json").read_text())
-    manifest["files"]["startup/start.sh"] = kit_file.hash_file(script)
-    raw = json.dumps(manifest).encode()
-    (kit / "kit_manifest.json").write_bytes(raw)
-    (kit / "kit_manifest.sig").write_bytes(key.sign(raw, ec.ECDSA(hashes.SHA256())))
-    public = key.public_key()
-    (kit / "code_signing.pem").write_bytes(
-        public.public_bytes(
-            kit_file.serialization.Encoding.PEM, kit_file.serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-    )
-    Pins("hospital-a", handed_over.federation.record["root"], kit_file.code_fingerprint(public)).write(pinned)
+    script = kit / "startup/sub_start.sh"
+    script.write_text('env; echo "folder $PWD $1"; umask; python3 -c "import sys; print(sys.path[:2])"\n')
+    key = edit_and_sign_anew(kit, "startup/sub_start.sh")
+    code = kit_file.code_fingerprint(key.public_key())
+    Pins("hospital-a", handed_over.federation.record["root"], code).write(pinned)
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "start", str(kit), "--pins", str(pinned)],
+        [sys.executable, str(SCRIPT), "start", str(kit), "--pins", str(pinned), "--foreground"],
         env={**os.environ, "PYTHONPATH": "/tmp/evil", "LD_PRELOAD": "", "PYTHONSTARTUP": "/tmp/evil.py"},
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
@@ -331,7 +342,7 @@ def test_start_verifies_runs_the_kit_s_script_and_shields_it(kit, handed_over, t
     assert "/tmp/evil" not in done.stdout
     assert "PYTHONDONTWRITEBYTECODE=1" in done.stdout
     assert "PYTHONSAFEPATH=1" in done.stdout
-    assert f"folder {kit}" in done.stdout
+    assert f"folder {kit} --once" in done.stdout
     assert "0077" in done.stdout
     assert f"['{kit}/local/custom'" in done.stdout
 

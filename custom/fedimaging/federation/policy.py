@@ -11,6 +11,7 @@ ALLOWED_CLASSES = (
     "fedimaging.federation.workflow.FederatedAveraging",
 )
 
+_LONG_LIVED = {"id": "long_lived_process", "path": "fedimaging.federation.process.LongLivedProcess", "args": {}}
 _LOG_BYTES, _LOG_FILES = 20 * 2**20, 10
 
 
@@ -23,12 +24,12 @@ def resources() -> dict[str, Any]:
     }
 
 
-def client_resources(gpus: int = 0, gpu_memory: int = 0) -> dict[str, Any]:
+def client_resources(gpus: int | str = 0, gpu_memory: int | str = 0) -> dict[str, Any]:
     """A site's ``resources.json``: the allow-list, no log streaming, and what jobs may use.
 
     Args:
-        gpus: how many GPUs jobs may use.
-        gpu_memory: memory of each, in GiB.
+        gpus: how many GPUs jobs may use; or the name that stands for it in a template.
+        gpu_memory: memory of each, in GiB; or its name.
     """
     manager = {"num_of_gpus": gpus, "mem_per_gpu_in_GiB": gpu_memory, "expiration_period": 300}
     return resources() | {
@@ -38,12 +39,13 @@ def client_resources(gpus: int = 0, gpu_memory: int = 0) -> dict[str, Any]:
             _component("resource_manager", "resource_managers.gpu_resource_manager.GPUResourceManager", manager),
             _component("resource_consumer", "resource_consumers.gpu_resource_consumer.GPUResourceConsumer"),
             _component("process_launcher", "job_launcher.client_process_launcher.ClientProcessJobLauncher"),
+            _LONG_LIVED,
         ],
     }
 
 
-def server_resources(storage: Path) -> dict[str, Any]:
-    """The server's ``resources.json``. Jobs and snapshots are kept below ``storage``, an absolute folder."""
+def server_resources(storage: str) -> dict[str, Any]:
+    """The server's ``resources.json``. Jobs and snapshots are kept below ``storage``, a folder or its name."""
     files = "nvflare.app_common.storages.filesystem_storage.FilesystemStorage"
     return resources() | {
         "servers": [
@@ -53,7 +55,7 @@ def server_resources(storage: Path) -> dict[str, Any]:
             "path": "nvflare.app_common.state_persistors.storage_state_persistor.StorageStatePersistor",
             "args": {
                 "uri_root": "/",
-                "storage": {"path": files, "args": {"root_dir": str(storage / "snapshots"), "uri_root": "/"}},
+                "storage": {"path": files, "args": {"root_dir": f"{storage}/snapshots", "uri_root": "/"}},
             },
         },
         "components": [
@@ -61,10 +63,11 @@ def server_resources(storage: Path) -> dict[str, Any]:
             {
                 "id": "job_manager",
                 "path": "nvflare.apis.impl.job_def_manager.SimpleJobDefManager",
-                "args": {"uri_root": str(storage / "jobs"), "job_store_id": "job_store"},
+                "args": {"uri_root": f"{storage}/jobs", "job_store_id": "job_store"},
             },
             {"id": "job_store", "path": files},
             _component("process_launcher", "job_launcher.server_process_launcher.ServerProcessJobLauncher"),
+            _LONG_LIVED,
         ],
     }
 
@@ -136,7 +139,11 @@ def write_resources(local: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_bytes(to_json(content))
+
+
+def to_json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=2).encode() + b"\n"
 
 
 def _component(name: str, path: str, args: dict[str, Any] | None = None) -> dict[str, Any]:
