@@ -29,6 +29,23 @@ CHEST_XRAY: dict[str, Any] = {
     "training": {"epochs": 1, "batch_size": 16, "optimizer": "adamw", "learning_rate": 0.001, "schedule": "one_cycle"},
     "seed": 0,
 }
+# Colour images of any ten classes, given to each site as a folder per class: name them in task.classes.
+RGB: dict[str, Any] = {
+    "dataset": "photographs",
+    "task": {
+        "name": "classification",
+        "classes": [
+            "crescent", "cross", "disc", "dots", "hexagon", "ring", "square", "star", "stripes", "triangle",
+        ],
+        "image_size": 224,
+        "channels": 3,
+        "key_metric": "accuracy",
+        "augmentation": {"rotate_degrees": 15.0, "contrast": 0.2},
+    },
+    "network": {"name": "MobileNetV2", "norm": "batch"},
+    "training": {"epochs": 1, "batch_size": 32, "optimizer": "adam", "learning_rate": 0.001, "schedule": "one_cycle"},
+    "seed": 0,
+}  # fmt: skip
 # What differs from the base in the job of each strategy. SCAFFOLD is defined for plain SGD.
 STRATEGIES: dict[str, dict[str, Any]] = {
     "fedprox": {"strategy": {"name": "fedprox", "mu": 0.01}},
@@ -67,6 +84,7 @@ def recipes() -> list[FedJob]:
     """Every job of this folder."""
     return [
         federated("chest_xray_fedavg", CHEST_XRAY, rounds=12, min_clients=2),
+        federated("rgb_fedavg", RGB, rounds=20, min_clients=2),
         *(
             federated(f"chest_xray_{name}", overlay(CHEST_XRAY, training), rounds=12, min_clients=2)
             for name, training in STRATEGIES.items()

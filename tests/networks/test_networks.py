@@ -53,6 +53,15 @@ def test_densenet121_has_the_published_size():
     assert parameters == 7_978_856 - 2 * 64 * 7 * 7 - 997 * 1025
 
 
+def test_mobilenetv2_has_the_published_size():
+    settings = network_settings({"name": "MobileNetV2"})
+    network = build_network(settings, spatial_dims=2, in_channels=3, out_channels=10, seed=0).eval()
+    # torchvision's MobileNetV2 has 3,504,872 with 1,000 classes.
+    assert sum(p.numel() for p in network.parameters()) == 2_236_682 == 3_504_872 - 990 * 1281
+    features = network.features(torch.zeros(1, 3, 224, 224))
+    assert features.shape == (1, 1280, 7, 7)
+
+
 @pytest.mark.parametrize(
     ("raw", "named"),
     [

@@ -163,3 +163,19 @@ def test_a_manifest_that_cannot_serve_is_refused(changes, settings, reason, word
         task(**settings).check(manifest(["normal", "consolidation"], **changes), "manifest.json")
     assert caught.value.reason is reason
     task().check(manifest(["normal", "consolidation"]), "manifest.json")
+
+
+def test_accuracy_as_key_metric_is_given_where_a_class_is_absent():
+    cases = [Case(image=str(i), label="ab"[i % 2], patient=str(i)) for i in range(12)]
+    logits = torch.tensor([[2.0, 0.0, 0.0] if i < 9 else [0.0, 2.0, 0.0] for i in range(12)])
+    settings = {"name": "classification", "classes": ["a", "b", "c"], "image_size": 32}
+    assert make_task(settings).metrics(logits, cases) == {}
+    task = make_task(settings | {"key_metric": "accuracy"})
+    metrics = task.metrics(logits, cases)
+    assert set(metrics) == {"loss", "accuracy", "cases"}
+    assert metrics["accuracy"] == pytest.approx(7 / 12)
+    figures = task.evaluation(logits, cases, logits, cases, seed=0)
+    low, high = figures["accuracy_ci"]
+    assert low < figures["accuracy"] < high
+    assert (figures["auroc"], figures["balanced_accuracy"]) == (None, None)
+    assert task.metrics(logits[:4], cases[:4]) == {}

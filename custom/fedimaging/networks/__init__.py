@@ -14,6 +14,7 @@ from fedimaging.networks.base import NetworkSettings
 from fedimaging.networks.densenet import DenseNet121Settings
 from fedimaging.networks.dynunet import DynUNetSettings
 from fedimaging.networks.efficientnet import EfficientNetB0Settings
+from fedimaging.networks.mobilenet import MobileNetV2Settings
 from fedimaging.networks.resnet import ResNet18Settings
 from fedimaging.networks.segresnet import SegResNetSettings
 from fedimaging.networks.unet import UNetSettings
@@ -23,6 +24,7 @@ NETWORKS: dict[str, type[NetworkSettings]] = {
     "DenseNet121": DenseNet121Settings,
     "DynUNet": DynUNetSettings,
     "EfficientNetB0": EfficientNetB0Settings,
+    "MobileNetV2": MobileNetV2Settings,
     "ResNet18": ResNet18Settings,
     "SegResNet": SegResNetSettings,
     "UNet": UNetSettings,

@@ -28,7 +28,7 @@ class Task(ABC):
     """
 
     settings_type: ClassVar[type[TaskSettings]]
-    key_metric: ClassVar[str]
+    key_metric: str
     """The metric, larger is better, by which the best global model is picked."""
     output: ClassVar[Output] = "case"
 

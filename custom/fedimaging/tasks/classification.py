@@ -40,6 +40,8 @@ class ClassificationSettings(TaskSettings):
     image_size: Annotated[int, Field(ge=32, le=1024)] = 64
     """side of the square that every image is fitted into, in pixels; the aspect ratio is kept"""
     channels: Literal[1, 3] = 1
+    key_metric: Literal["auroc", "accuracy"] = "auroc"
+    """what picks the best model; accuracy suits sites that lack classes, where AUROC is undefined"""
     class_weighting: Literal["none", "balanced"] = "balanced"
     augmentation: AugmentationSettings = AugmentationSettings()
 
@@ -52,12 +54,12 @@ class ClassificationSettings(TaskSettings):
 
 class Classification(Task):
     settings_type = ClassificationSettings
-    key_metric = "auroc"
     settings: ClassificationSettings
     spatial_dims = 2
 
     def __init__(self, settings: ClassificationSettings) -> None:
         super().__init__(settings)
+        self.key_metric = settings.key_metric
         self.in_channels = settings.channels
         self.out_channels = len(settings.classes)
         side = settings.image_size
@@ -152,12 +154,24 @@ class Classification(Task):
         return network(batch["image"]).float()
 
     def metrics(self, outcomes: Tensor, cases: Sequence[Case]) -> dict[str, float]:
-        """Macro averages over the classes, one against the rest; of two classes the second is the positive one."""
+        """Macro averages over the classes, one against the rest; of two classes the second is the positive one.
+
+        Where a class has too few cases they are empty, but for loss and accuracy over all cases if that is the key
+        metric.
+        """
         truth, probabilities = self._truth(cases), self._probabilities(outcomes)
         columns = self._columns()
-        if not all(stats.enough(truth[:, c]) for c in columns):
-            return {}
         decided = self._decisions(probabilities)
+        labels = torch.stack([self.target(case) for case in cases]) if cases else torch.empty(0)
+        unweighted = nn.BCEWithLogitsLoss() if self.settings.multi_label else nn.CrossEntropyLoss()
+        if not all(stats.enough(truth[:, c]) for c in columns):
+            if self.key_metric != "accuracy" or len(cases) < stats.MIN_CELL:
+                return {}
+            return {
+                "loss": float(unweighted(outcomes, labels)),
+                "accuracy": float((decided == truth).all(1).mean()),
+                "cases": len(cases),
+            }
         confusion = get_confusion_matrix(torch.from_numpy(decided).float(), torch.from_numpy(truth).float())
         confusion = confusion.sum(0)[columns]
         rate = {
@@ -165,8 +179,6 @@ class Classification(Task):
             for name in ("sensitivity", "specificity")
         }
         recalls = [float(decided[truth[:, c], c].mean()) for c in range(self.out_channels) if truth[:, c].any()]
-        labels = torch.stack([self.target(case) for case in cases])
-        unweighted = nn.BCEWithLogitsLoss() if self.settings.multi_label else nn.CrossEntropyLoss()
         return {
             "auroc": float(np.mean([stats.auroc(probabilities[:, c], truth[:, c]) for c in columns])),
             "loss": float(unweighted(outcomes, labels)),
@@ -204,7 +216,8 @@ class Classification(Task):
         return {
             "auroc": values,
             "auroc_ci": bounds,
-            **{key: round(summary[key], 4) if summary else None for key in ("accuracy", "balanced_accuracy")},
+            **{key: round(summary[key], 4) if key in summary else None for key in ("accuracy", "balanced_accuracy")},
+            "accuracy_ci": self._accuracy_interval(probabilities, truth, cases, seed) if summary else None,
             "per_class": per_class,
             "calibration": {
                 **stats.calibration(confidence, correct),
@@ -214,6 +227,12 @@ class Classification(Task):
             else None,
             "subgroups": stats.subgroups(cases, subgroup),
         }
+
+    def _accuracy_interval(
+        self, probabilities: stats.FloatArray, truth: stats.BoolArray, cases: Sequence[Case], seed: int
+    ) -> stats.Interval | None:
+        weights = stats.resample_weights([case.patient for case in cases], seed)
+        return stats.interval(stats.resampled_mean((self._decisions(probabilities) == truth).all(1), weights))
 
     def case_result(self, case: Case, outcome: Tensor) -> dict[str, Any]:
         probabilities = self._probabilities(outcome[None])[0]

@@ -85,6 +85,10 @@ def check(options: Options) -> None:
         raise FedImagingError(f"--patient-regex {pattern}: put the part that is the patient in (parentheses)")
     if options.task not in (None, *TASKS):
         raise FedImagingError(f"--task {options.task}: choose from {', '.join(TASKS)}")
+    if options.concentration is not None and not (options.sites and 0.01 <= options.concentration <= 1000):
+        raise FedImagingError(
+            f"--concentration {options.concentration:g}: give 0.01 to 1000, and only with --split-sites"
+        )
     if not options.source.exists():
         raise FedImagingError(f"{options.source}: no such folder or file", Reason.NO_DATASET)
 

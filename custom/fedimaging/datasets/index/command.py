@@ -33,6 +33,9 @@ _EXAMPLES = """examples:
   one source as three sites of a simulation:
     python -m fedimaging data index /srv/hippocampus --split-sites hospital-a=80,hospital-b=50,hospital-c=30 \\
       --out data/real
+  photographs as eight sites that differ in their classes:
+    python -m fedimaging data index /srv/photos --out data/skewed --concentration 0.1 \\
+      --split-sites a=200,b=200,c=200,d=200,e=200,f=200,g=200,h=200
   images that lie on a read-only disk:
     python -m fedimaging data index /mnt/xray --copy --out data/real/hospital-a/chest_xray/manifest.json
 """
@@ -115,6 +118,12 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     add("--masks", type=Path, metavar="FOLDER", help="where the masks are; default beside the images")
     add("--allow-empty", action="store_true", help="a mask may be empty, as in a brain without a lesion")
     add("--split-sites", metavar="SITE=CASES,...", help="copy the source as several sites to --out, now the data root")
+    add(
+        "--concentration",
+        type=float,
+        help="skew the sites' classes: each site's shares are drawn from a Dirichlet distribution of this "
+        "concentration; 0.1 differs much, 100 little (default: sites are alike)",
+    )
     add("--seed", type=int, default=0, help="of the split; default %(default)s")
     add("--fractions", default=",".join(map(str, FRACTIONS)), help="training,validation,test; default %(default)s")
     add("--keep", action=argparse.BooleanOptionalAction, default=True, help="keep the splits of an existing manifest")

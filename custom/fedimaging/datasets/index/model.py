@@ -35,6 +35,7 @@ class Options:
         allow_empty: whether a mask without a structure is right, as in a brain without a lesion.
         keep: whether patients keep the split that they have in an existing manifest.
         sites: site -> number of cases, to split one source into several sites.
+        concentration: with `sites`, of the Dirichlet distribution of each site's classes; None for alike sites.
     """
 
     source: Path
@@ -58,6 +59,7 @@ class Options:
     fractions: tuple[float, ...] = FRACTIONS
     keep: bool = True
     sites: Mapping[str, int] = field(default_factory=dict)
+    concentration: float | None = None
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,14 @@ from rich.table import Table
 from fedimaging.datasets.manifest import SPLITS, Manifest
 from fedimaging.datasets.synthetic.brains import plan_brains, typical_brain_hospitals
 from fedimaging.datasets.synthetic.hospitals import MOST_SITES, Item, Named, Plan, Request, typical_hospitals
+from fedimaging.datasets.synthetic.photographs import cameras, plan_photographs
 from fedimaging.datasets.synthetic.radiographs import plan_chest
 from fedimaging.errors import FedImagingError, Reason
 
 SIZES = ("small", "full")
 FEWEST_CASES = 12
 
+_MOST_COLUMNS = 5
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -63,7 +65,10 @@ class Kind:
 TASKS = {
     "classification": Kind("chest_xray", (480, 400, 320), (256, 1024), 4096, typical_hospitals, plan_chest),
     "segmentation": Kind("brain_lesion", (80, 60, 50), (64, 192), 256, typical_brain_hospitals, plan_brains),
+    "photographs": Kind("photographs", (400, 300, 200), (64, 256), 1024, cameras, plan_photographs),
 }
+SKEWED = "photographs"
+"""the task whose hospitals can be given a skewed share of the classes"""
 
 
 def synthesize(
@@ -75,6 +80,7 @@ def synthesize(
     cases: Sequence[int] | int | None = None,
     longer: int | None = None,
     multi_label: bool = False,
+    concentration: float | None = None,
     seed: int = 0,
     force: bool = False,
     workers: int | None = None,
@@ -91,6 +97,8 @@ def synthesize(
         hospitals: the hospitals, or how many typical ones.
         cases: per hospital, or one number for all.
         longer: pixels or voxels on the images' longest side.
+        concentration: of the Dirichlet distribution of each hospital's classes, for photographs: the smaller, the more
+            the hospitals differ; None for equal shares.
         seed: of everything; the same arguments give the same bytes.
         force: replace synthetic hospitals that were made with other arguments. Never touches what is not synthetic.
         workers: processes; the usable cores by default, one for a few images.
@@ -103,6 +111,8 @@ def synthesize(
         FedImagingError: wrong arguments, a folder that holds other data, no space.
     """
     kind = _kind(task)
+    if concentration is not None and (task != SKEWED or not 0.01 <= concentration <= 1000):
+        raise FedImagingError(f"concentration {concentration:g}: give 0.01 to 1000, and with the task {SKEWED} only")
     dataset = kind.dataset if dataset is None else dataset
     plans = _plans(
         kind,
@@ -111,6 +121,7 @@ def synthesize(
         cases=cases,
         longer=kind.size("small") if longer is None else longer,
         multi_label=multi_label,
+        concentration=concentration,
         seed=seed,
     )
     targets = {plan.hospital.name: root / plan.hospital.name / dataset for plan in plans}
@@ -138,6 +149,7 @@ def _plans(
     cases: Sequence[int] | int | None,
     longer: int,
     multi_label: bool,
+    concentration: float | None,
     seed: int,
 ) -> list[Plan]:
     """Check the arguments and plan every hospital."""
@@ -158,7 +170,7 @@ def _plans(
             f"hospitals {', '.join(names)}: give each a name of its own, of letters, digits, '.', '_' and '-'"
         )
     counts = _counts(cases, len(sites), kind)
-    request = Request(dataset, longer, multi_label, seed)
+    request = Request(dataset, longer, multi_label, seed, concentration)
     return [
         kind.plan(hospital, at, count, request) for at, (hospital, count) in enumerate(zip(sites, counts, strict=True))
     ]
@@ -312,10 +324,12 @@ def add_commands(subparsers: Any) -> None:
         "synth",
         help="make synthetic hospitals",
         description="Make synthetic hospitals, with a manifest for each: DICOM files of chest phantoms for\n"
-        "classification, NIfTI files of brain phantoms with lesions for segmentation.\n"
+        "classification, NIfTI files of brain phantoms with lesions for segmentation, and JPEG photographs\n"
+        "of coloured figures of ten classes for classification in colour.\n"
         "They are for trying things out, and say nothing about real patients.",
         epilog="examples:\n  python -m fedimaging data synth --out data/demo --sites 3 --cases 480,400,320\n"
-        "  python -m fedimaging data synth --out data/demo --task segmentation",
+        "  python -m fedimaging data synth --out data/demo --task segmentation\n"
+        "  python -m fedimaging data synth --out data/skewed --task photographs --sites 8 --concentration 0.1",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="the data root: <out>/<site>/<dataset>/manifest.json")
@@ -336,6 +350,12 @@ def add_commands(subparsers: Any) -> None:
     )
     parser.add_argument("--matrix", help="the longest side in pixels or voxels, instead of --size")
     parser.add_argument("--multi-label", action="store_true", help="several findings per image; none means normal")
+    parser.add_argument(
+        "--concentration",
+        type=float,
+        help="of photographs: each hospital's share of the ten classes is drawn from a Dirichlet distribution of this "
+        "concentration; 0.1 differs much, 100 little (default: equal shares)",
+    )
     parser.add_argument("--seed", default="0", help="the same seed makes the same files (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace synthetic hospitals made with other arguments")
     parser.set_defaults(run=_run)
@@ -366,6 +386,7 @@ def _run(arguments: argparse.Namespace) -> None:
         cases=cases,
         longer=_whole("matrix", arguments.matrix) if arguments.matrix else _kind(arguments.task).size(arguments.size),
         multi_label=arguments.multi_label,
+        concentration=arguments.concentration,
         seed=_whole("seed", arguments.seed),
         force=arguments.force,
         console=console,
@@ -375,12 +396,13 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _table(manifests: Sequence[Manifest]) -> Table:
     """Cases, patients, cases in training/validation/test, and classes per hospital."""
+    shown = len(manifests[0].classes) <= _MOST_COLUMNS
     table = Table(
         "site",
         "cases",
         "patients",
         "splits",
-        *manifests[0].classes,
+        *(manifests[0].classes if shown else ("classes", "most frequent")),
         "matrix",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -389,9 +411,13 @@ def _table(manifests: Sequence[Manifest]) -> Table:
     for manifest in manifests:
         splits = [manifest.split(split) for split in SPLITS]
         patients = {case.patient for cases in splits for case in cases}
-        classes = [_cases_with(manifest, name) for name in manifest.classes]
+        classes: list[int | str] = [_cases_with(manifest, name) for name in manifest.classes]
         sizes = "/".join(str(len(cases)) for cases in splits)
-        numbers = (sum(map(len, splits)), len(patients), sizes, *classes)
+        total = sum(map(len, splits))
+        if not shown:
+            most = max(manifest.classes, key=lambda name: _cases_with(manifest, name))
+            classes = [sum(count != 0 for count in classes), f"{most} {_cases_with(manifest, most) / total:.0%}"]
+        numbers = (total, len(patients), sizes, *classes)
         table.add_row(manifest.made["hospital"], *map(str, numbers), "x".join(map(str, manifest.made["matrix"])))
     return table
 

@@ -133,6 +133,8 @@ class Request:
     longer: int
     multi_label: bool
     seed: int
+    concentration: float | None = None
+    """of the Dirichlet distribution that a hospital's share of each class is drawn from; None for the typical shares"""
 
 
 def patient_id(site: int, patient: int) -> str:
