@@ -48,6 +48,8 @@ PACKAGE_MANIFEST, PACKAGE_SIGNATURE = "package_manifest.json", "package_manifest
 PREVIOUS = "previous.package"
 RESOURCES = "local/resources.json.default"
 UNIT, CONSOLE_LOG = "fedimaging.service", "console.log"
+PYTHON = (3, 11)
+"""what the lock files are for"""
 RESTART = 75
 """the exit code that asks the service manager for a restart (EX_TEMPFAIL)"""
 ROOT = "startup/rootCA.pem"
@@ -603,6 +605,27 @@ def _write_whole(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+# -- the packages that the kit needs ---------------------------------------------------------------------------------
+
+
+def make_wheelhouse(locks: Sequence[Path], to: Path) -> int:
+    """Downloads what the lock files name, for a machine without internet. pip refuses a file with another hash.
+
+    Returns:
+        How many files there are.
+    """
+    if sys.version_info[:2] != PYTHON:
+        raise KitError(f"the lock files are for Python {PYTHON[0]}.{PYTHON[1]}; run this with it")
+    for lock in locks:
+        if not lock.is_file():
+            raise KitError(f"{lock}: no such lock file; they are in the kit's local/ and in the public repository")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--dest", str(to)]
+        print(f"{lock.name} into {to}", flush=True)
+        if subprocess.run([*command, "--requirement", str(lock)], check=False).returncode:  # noqa: S603 (this Python)
+            raise KitError(f"{lock}: not all was downloaded; see above")
+    return sum(1 for _ in to.iterdir())
+
+
 # -- start -------------------------------------------------------------------------------------------------------------
 
 
@@ -783,6 +806,15 @@ def add_commands(subparsers: Any) -> None:
     parser.add_argument("--pins", type=Path, help="take name and fingerprints from this file")
     parser.add_argument("--pin", type=Path, metavar="FILE", help="if all is well, keep them in this file for `start`")
     parser.set_defaults(run=_run_verify)
+    parser = _command(
+        subparsers,
+        "wheelhouse",
+        "download what a kit needs, for a machine without internet",
+        "wheelhouse requirements-build.lock requirements.lock --to wheelhouse",
+    )
+    parser.add_argument("locks", type=Path, nargs="+", help="lock files, of the kit's local/ or the public repository")
+    parser.add_argument("--to", type=Path, required=True, help="the folder to fill")
+    parser.set_defaults(run=_run_wheelhouse)
     where = "/srv/fedimaging/hospital-a"
     pinned = f"{where} --pins /etc/fedimaging/pins.json"
     for name, says, example, function in (
@@ -866,6 +898,11 @@ def _run_verify(arguments: argparse.Namespace) -> int:
         _pins(arguments).write(arguments.pin)
         print(f"pinned in {arguments.pin}")
     return 1 if report.findings else 0
+
+
+def _run_wheelhouse(arguments: argparse.Namespace) -> None:
+    count = make_wheelhouse(arguments.locks, arguments.to)
+    print(f"{arguments.to}: {count} files; GUIDE.md says how they are installed")
 
 
 def _run_start(arguments: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from provisioning.package import contents, manifest, signature_files, write_pack
 from tests.provisioning.conftest import PASSPHRASE, pins, project_text, tree
 
 CODE = "local/custom/fedimaging"
+STRANGER = ec.generate_private_key(ec.SECP256R1())
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,11 @@ def kit(handed_over, tmp_path):
     (kit / "local/privacy.json").write_text("{}")
     (kit / "log.txt").write_text("what happened\n")
     return kit
+
+
+@pytest.fixture
+def newer_into(kit, newer):
+    return kit, newer
 
 
 @pytest.fixture
@@ -123,11 +129,12 @@ def test_an_installation_that_is_cut_short_while_it_writes_leaves_the_old_versio
     assert verify(kit, trusted).findings == []
 
 
-@pytest.mark.parametrize(("owner", "name", "after"), [(Path, "replace", 0), (Path, "replace", 50), (Path, "unlink", 2)])
+@pytest.mark.parametrize(("name", "after"), [("replace", 0), ("replace", 50), ("unlink", 2)])
 def test_an_installation_that_is_cut_short_while_it_moves_is_ended_at_the_next_start(
-    kit, newer, trusted, monkeypatch, owner, name, after
+    newer_into, trusted, monkeypatch, name, after
 ):
-    interrupted(monkeypatch, owner, name, after)
+    kit, newer = newer_into
+    interrupted(monkeypatch, Path, name, after)
     with pytest.raises(SystemExit):
         install(kit, newer, trusted)
     monkeypatch.undo()
@@ -160,10 +167,11 @@ def set_file(name, content):
         (set_file("startup/start.sh", b"true\n"), "start.sh is not signed"),
         (set_file("package_manifest.json", b"{}"), "signature does not fit"),
         (lambda files: files.pop("package_manifest.sig"), "is not signed"),
-        (lambda files: files.update(signature_files(manifest({}), ec.generate_private_key(ec.SECP256R1()))), "another key"),
+        (lambda files: files.update(signature_files(manifest({}), STRANGER)), "another key"),
     ],
 )  # fmt: skip
-def test_a_changed_package_is_refused_and_changes_nothing(kit, newer, trusted, tmp_path, change, words):
+def test_a_changed_package_is_refused_and_changes_nothing(newer_into, trusted, tmp_path, change, words):
+    kit, newer = newer_into
     before = tree(kit)
     with pytest.raises(KitError, match=words):
         install(kit, repacked(newer, tmp_path, change), trusted)
