@@ -28,6 +28,7 @@ from fedimaging.datasets.site import SITE_FILE
 from fedimaging.errors import FedImagingError
 from fedimaging.federation import policy
 from fedimaging.federation.protocol import START_MODELS_FILE
+from fedimaging.governance.grants import GRANTS_FILE
 from provisioning import package
 from provisioning.keys import CLOCK_SKEW, new_rsa_key
 from provisioning.kit import (
@@ -42,7 +43,15 @@ from provisioning.kit import (
     root_fingerprint,
 )
 
-_SITE_OWNED = ("resources.json", "authorization.json", "log_config.json", SITE_FILE, START_MODELS_FILE, "privacy.json")
+_SITE_OWNED = (
+    "resources.json",
+    "authorization.json",
+    "log_config.json",
+    SITE_FILE,
+    GRANTS_FILE,
+    START_MODELS_FILE,
+    "privacy.json",
+)
 _DELIVERED_STORAGE = "/var/lib/fedimaging"
 
 
@@ -150,7 +159,8 @@ class SiteBuilder(Builder):
             (kit / name).write_bytes(content)
         if participant.type == ParticipantType.CLIENT:
             policy.write_json(kit / "local" / "privacy.json", policy.privacy())
-            shutil.copyfile(package.TEMPLATES / SITE_FILE, kit / "local" / SITE_FILE)
+            for name in (SITE_FILE, GRANTS_FILE):
+                shutil.copyfile(package.TEMPLATES / name, kit / "local" / name)
 
 
 def settings(participant: Participant) -> dict[str, Any] | None:

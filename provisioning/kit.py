@@ -65,9 +65,9 @@ _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _RUNTIME = re.compile(
     r"(?:error_log|log|log_fl)\.txt(?:\.\d+)?|log\.json(?:\.\d+)?|audit\.log(?:\.\d+)?|"
     rf"(?:pid|daemon_pid|restart|shutdown)\.fl|\.admin_cli_history|study_registry\.json|{_UUID}(?:/.*)?|transfer/.*|"
-    r"console\.log|\.install(?:ing|ed)/.*"
+    r"ledger\.(?:jsonl|head)|console\.log|\.install(?:ing|ed)/.*"
 )
-"""what FLARE, and an installation that is cut short, write beside startup/ and local/"""
+"""what FLARE, the ledger, and an installation that is cut short, write beside startup/ and local/"""
 _STAGING, _STAGED = ".installing", ".installed"
 _NEVER_RUN = ("transfer/", f"{_STAGING}/", f"{_STAGED}/")
 _CONNECTION = re.compile(r"registered client|client_name|shutdown|disconnect|connect to server", re.IGNORECASE)

@@ -17,6 +17,10 @@ class Reason(StrEnum):
     NOT_FINITE = "not_finite"
     NO_DISK_SPACE = "no_disk_space"
     OUT_OF_MEMORY = "out_of_memory"
+    NO_CONSENT = "no_consent"
+    STOPPED_AT_GATE = "stopped_at_gate"
+    NO_GATE = "no_gate"
+    UNKNOWN_TASK = "unknown_task"
     INTERNAL = "internal"
 
 

@@ -26,8 +26,9 @@ from rich.table import Table
 from fedimaging.datasets.manifest import SPLITS
 from fedimaging.datasets.site import DATA_ROOT_VARIABLE, MANIFEST_FILE, SITE_FILE, Dataset, resolve
 from fedimaging.errors import FedImagingError, Reason
-from fedimaging.federation.policy import write_resources
+from fedimaging.federation.policy import write_policies
 from fedimaging.federation.protocol import PROGRESS_FILE, ROUNDS_FILE, SIMULATED_JOB_ID, START_MODELS_FILE
+from fedimaging.governance.grants import grant_everything
 
 console = Console(stderr=True)
 
@@ -50,7 +51,7 @@ def find_sites(data: Path, dataset: str | None = None) -> dict[str, list[str]]:
 
 
 def make_workspace(folder: Path, data: Path, start_models: dict[str, Path] | None = None) -> list[str]:
-    """Makes a simulator workspace with the sites' allow-list and dataset file. Returns the names of the sites.
+    """Makes a simulator workspace with the sites' policies, dataset file and grants. Returns the names of the sites.
 
     FLARE's simulator keeps ``local/`` of a workspace and deletes the rest, so a folder that is not a workspace is
     refused.
@@ -63,10 +64,11 @@ def make_workspace(folder: Path, data: Path, start_models: dict[str, Path] | Non
     local = folder / "local"
     local.mkdir(parents=True, exist_ok=True)
     (local / _MARK).touch()
-    write_resources(local)
+    write_policies(local)
     datasets = sorted({name for names in sites.values() for name in names})
     entries = {name: {"path": f"{data.resolve()}/{{site}}/{name}"} for name in datasets}
     (local / SITE_FILE).write_text(yaml.safe_dump(entries))
+    grant_everything(local, datasets)
     (local / START_MODELS_FILE).unlink(missing_ok=True)
     if start_models:
         names = {job: str(path.resolve()) for job, path in start_models.items()}

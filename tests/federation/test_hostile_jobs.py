@@ -17,7 +17,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.widgets.component_path_authorizer import ComponentPathAuthorizer
 
 from fedimaging.errors import FedImagingError
-from fedimaging.federation.policy import ALLOWED_CLASSES, write_resources
+from fedimaging.federation.policy import ALLOWED_CLASSES, write_policies
 from fedimaging.federation.session import Session
 from fedimaging.settings import Settings
 
@@ -146,7 +146,7 @@ def test_a_hostile_setting_inside_a_group_is_refused(group, kind, tmp_path):
 
 
 def test_the_allow_list_refuses_everything_else(tmp_path):
-    write_resources(tmp_path)
+    write_policies(tmp_path)
     authorizer = ComponentPathAuthorizer()
     authorizer._get_resources_file_path = lambda **_: str(tmp_path / "resources.json")
     for path in ALLOWED_CLASSES:

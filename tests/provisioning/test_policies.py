@@ -5,24 +5,17 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from nvflare.apis.analytix import AnalyticsDataType
-from nvflare.apis.dxo import DXO, DataKind
-from nvflare.apis.filter import ContentBlockedException
-from nvflare.apis.fl_constant import AdminCommandNames, FilterKey, ReturnCode
-from nvflare.apis.fl_context import FLContext
-from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.fl_constant import AdminCommandNames, FilterKey
 from nvflare.apis.workspace import Workspace
-from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.fuel.sec.authz import AuthzContext, Person
 from nvflare.private.fed.app.fl_conf import create_privacy_manager
 from nvflare.security.security import COMMAND_CATEGORIES, FLAuthorizer
 
 from fedimaging.federation import policy
+from fedimaging.federation.gate import Gate
 from fedimaging.federation.logs import redact
-from fedimaging.federation.privacy import OutgoingResults
-from fedimaging.federation.protocol import REASON_HEADER, REPORT
+from fedimaging.governance.grants import GRANTS_FILE, read_grants
 
 ROLES = ("project_admin", "org_admin", "lead", "member")
 
@@ -74,93 +67,17 @@ def test_a_role_that_is_not_named_may_do_nothing():
 # -- privacy scope -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def site_filter(handed_over):
-    """The filter of the kit's default scope, as FLARE loads it."""
+def test_the_gate_is_the_last_filter_of_the_kit_s_default_scope_as_flare_loads_it(handed_over):
     manager = create_privacy_manager(Workspace(str(handed_over.kits / "hospital-a"), "hospital-a"), names_only=False)
     assert manager.is_policy_defined()
     scope = manager.get_scope(None)
     assert scope.name == "default"
-    (found,) = scope.task_result_filters[FilterKey.OUT]
-    assert type(found) is OutgoingResults
+    assert type(scope.task_result_filters[FilterKey.OUT][-1]) is Gate
     assert manager.get_scope("another") is None
-    return found
 
 
-def weights(**changes):
-    data = {"conv.weight": np.ones((2, 2), np.float32), "norm.running_var": np.ones(2, np.float64)}
-    meta = {
-        REPORT: {"cases": 3, "loss": 0.5, "epoch_losses": [0.6, 0.5]},
-        "initial_metrics": {"auroc": 0.9, "loss": None},
-    }
-    return DXO(DataKind.WEIGHTS, data={**data, **changes.pop("data", {})}, meta={**meta, **changes}).to_shareable()
-
-
-def metrics(**values):
-    return DXO(
-        DataKind.METRICS, data={"auroc": 0.9, "classes": {"normal": 20}, "roc": [0.0, 0.5], **values}
-    ).to_shareable()
-
-
-def test_weights_and_metrics_pass_unchanged(site_filter):
-    for shareable in (weights(), metrics()):
-        before = json.dumps(shareable, default=str)
-        assert json.dumps(site_filter.process(shareable, FLContext()), default=str) == before
-
-
-@pytest.mark.parametrize(
-    "shareable",
-    [
-        Shareable({"anything": 1}),
-        weights(data={"x": "text"}),
-        weights(data={"x": np.array(["text"])}),
-        weights(data={"x": np.ones(2, np.int64)}),
-        weights(data={"x": np.array([np.nan], np.float32)}),
-        weights(data={"x": np.array([np.inf], np.float32)}),
-        weights(data={"x": [1.0, 2.0]}),
-        weights(pixels=np.ones((64, 64))),
-        weights(pixels=list(range(30000))),
-        weights(note="x" * 200),
-        weights(note="two\nlines"),
-        weights(raw=b"bytes"),
-        metrics(image=np.ones((64, 64))),
-        metrics(image=[[0.5] * 256] * 256),
-        metrics(loss=float("nan")),
-        metrics(deep={"a": {"b": {"c": {"d": {"e": {"f": {"g": {"h": {"i": 1}}}}}}}}}),
-        DXO(DataKind.ANALYTIC, data={"key": "x", "value": AnalyticsDataType.TEXT}).to_shareable(),
-        DXO(DataKind.STATISTICS, data={"histogram": {}}).to_shareable(),
-        DXO(DataKind.COLLECTION, data={"w": DXO(DataKind.WEIGHTS, data={})}).to_shareable(),
-    ],
-)
-def test_what_the_filter_does_not_know_is_blocked_and_not_quoted(site_filter, shareable):
-    with pytest.raises(ContentBlockedException) as caught:
-        site_filter.process(shareable, FLContext())
-    assert "text" not in str(caught.value).replace("a text or number", "")
-    assert "x" * 200 not in str(caught.value)
-
-
-def test_of_a_refusal_its_code_alone_leaves(site_filter):
-    reply = make_reply(ReturnCode.EXECUTION_EXCEPTION, {REASON_HEADER: "no_dataset", "note": "P0012"})
-    reply["data"] = "P0012"
-    left = site_filter.process(reply, FLContext())
-    assert left.get_return_code() == ReturnCode.EXECUTION_EXCEPTION
-    assert left.get_header(REASON_HEADER) == "no_dataset"
-    assert "P0012" not in json.dumps(left, default=str)
-    odd = site_filter.process(make_reply(ReturnCode.EXECUTION_EXCEPTION, {REASON_HEADER: "P0012"}), FLContext())
-    assert "P0012" not in json.dumps(odd, default=str)
-
-
-def test_the_real_replies_of_the_client_loop_pass(site_filter):
-    from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
-
-    trained = FLModel(
-        params={"w": np.ones(3, np.float32)},
-        params_type=ParamsType.FULL,
-        metrics={"auroc": 0.7, "cases": 20},
-        meta={"NUM_STEPS_CURRENT_ROUND": 7, REPORT: {"cases": 7, "epoch_losses": [0.1], "peak_memory": 2**33}},
-    )
-    for model in (trained, FLModel(metrics={"auroc": None, "per_class": {"a": {"roc": {"fpr": [0.0, 1.0]}}}})):
-        site_filter.process(FLModelUtils.to_shareable(model), FLContext())
+def test_as_delivered_a_kit_grants_nothing(handed_over):
+    assert read_grants(handed_over.kits / "hospital-a/local" / GRANTS_FILE) == []
 
 
 # -- logs --------------------------------------------------------------------------------------------------------------

@@ -96,8 +96,9 @@ def authorization() -> dict[str, Any]:
 
 
 def privacy() -> dict[str, Any]:
-    """A site's ``privacy.json``: one scope, the default, whose filter stops whatever it does not know."""
-    gate = {"path": "fedimaging.federation.privacy.OutgoingResults", "args": {"max_metric_values": 20000}}
+    """A site's ``privacy.json``: one scope, the default, with the gate as the last filter of results."""
+    # The simulator gives its server this file too; the direction says that the gate is for sites.
+    gate = {"path": "fedimaging.federation.gate.Gate", "args": {}, "direction": "out"}
     scope = {"name": "default", "properties": {}, "task_data_filters": [], "task_result_filters": [gate]}
     return {"scopes": [scope], "default_scope": "default"}
 
@@ -133,9 +134,10 @@ def log_config() -> dict[str, Any]:
     }
 
 
-def write_resources(local: Path) -> None:
-    """Writes ``local/resources.json`` for a simulator workspace: the allow-list, enforced, and nothing else."""
+def write_policies(local: Path) -> None:
+    """Writes a simulator workspace's ``local/resources.json``, the enforced allow-list, and ``privacy.json``."""
     write_json(local / "resources.json", resources())
+    write_json(local / "privacy.json", privacy())
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

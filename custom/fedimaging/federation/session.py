@@ -14,6 +14,7 @@ from fedimaging import __version__
 from fedimaging.datasets.site import resolve
 from fedimaging.errors import FedImagingError, Reason
 from fedimaging.federation.protocol import PROGRESS_FILE, SERVER_MODEL, SITE_REPORT_FILE, STRATEGY_FILE
+from fedimaging.tasks.statistics import withhold
 from fedimaging.training.loop import AbortedError, RoundResult, Site, case_results, exchanged
 from fedimaging.training.settings import JobSettings
 from fedimaging.version import package_hash
@@ -38,18 +39,35 @@ class Session:
     def __init__(self, settings: Mapping[str, Any], site: str, local: Path, run_dir: Path) -> None:
         self._raw, self._site_name, self._local, self._run_dir = settings, site, local, run_dir
         self._site: Site | None = None
+        self._settings: JobSettings | None = None
+        self._manifest_hash: str | None = None
         self._last_state: dict[str, torch.Tensor] | None = None
         self._reported = 0.0
         self.aborted: Callable[[], bool] = lambda: False
+        """polled at every batch; whether FLARE says stop. Raises FedImagingError where the site itself does."""
         self.refusal: Reason | None = None
         self.model_owner = ""
         """name of the model that is to be evaluated"""
 
     @property
+    def settings(self) -> JobSettings:
+        """The job's settings, validated. Raises FedImagingError by name."""
+        if self._settings is None:
+            self._settings = JobSettings(self._raw)
+        return self._settings
+
+    @property
+    def manifest_hash(self) -> str | None:
+        """SHA-256 of the manifest's canonical JSON, once the dataset was opened."""
+        if self._manifest_hash is None and self._site is not None:
+            self._manifest_hash = self._site.dataset.manifest.digest()
+        return self._manifest_hash
+
+    @property
     def site(self) -> Site:
         """The site's data and network. Raises FedImagingError if it cannot take part."""
         if self._site is None:
-            settings = JobSettings(self._raw)
+            settings = self.settings
             dataset = resolve(settings.dataset, self._site_name, self._local)
             log.info("dataset %s: %s (found by %s)", dataset.name, dataset.manifest_path, dataset.source)
             self._site = Site(
@@ -106,7 +124,7 @@ class Session:
             "seconds": round(result.seconds, 3),
             "loss": result.epoch_losses[-1],
             "epoch_losses": result.epoch_losses,
-            "skipped": self.site.skipped(),
+            "skipped": withhold(self.site.skipped()),
             "peak_memory": peak_memory(),
             "fedimaging": {"version": __version__, "sha256": package_hash()},
         }

@@ -51,6 +51,10 @@ REASONS: dict[str, str] = {
     Reason.NOT_FINITE: "the loss was not a finite number",
     Reason.NO_DISK_SPACE: "the site's disk was full",
     Reason.OUT_OF_MEMORY: "the site ran out of memory",
+    Reason.NO_CONSENT: "the site's data owner has not granted it",
+    Reason.STOPPED_AT_GATE: "the result held what the job does not declare, and the site kept it",
+    Reason.NO_GATE: "the site's gate on what leaves is not in place",
+    Reason.UNKNOWN_TASK: "the server asked for a task that sites do not know",
     Reason.INTERNAL: "an unexpected error at the site",
 }
 

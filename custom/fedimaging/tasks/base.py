@@ -12,6 +12,7 @@ from fedimaging.datasets.manifest import SPLITS, Case, Manifest
 from fedimaging.errors import FedImagingError, Reason
 from fedimaging.networks.base import Output
 from fedimaging.settings import Settings
+from fedimaging.tasks.declared import Evaluation, Outgoing
 
 Item = dict[str, Tensor]
 
@@ -31,6 +32,10 @@ class Task(ABC):
     key_metric: str
     """The metric, larger is better, by which the best global model is picked."""
     output: ClassVar[Output] = "case"
+    declared_metrics: ClassVar[type[Outgoing]]
+    """What :meth:`metrics` may hold; the site lets nothing else leave."""
+    declared_evaluation: ClassVar[type[Evaluation]]
+    """What :meth:`evaluation` may hold beside the figures of every task."""
 
     spatial_dims: int
     in_channels: int

@@ -18,6 +18,19 @@ from fedimaging.errors import FedImagingError, Reason
 from fedimaging.settings import ClassName, Settings
 from fedimaging.tasks import statistics as stats
 from fedimaging.tasks.base import Item, Task, TaskSettings, require_splits
+from fedimaging.tasks.declared import (
+    Calibration,
+    ClassKey,
+    Count,
+    Covariate,
+    Evaluation,
+    Group,
+    Interval,
+    NotNegative,
+    Outgoing,
+    RocCurve,
+    Share,
+)
 
 
 class AugmentationSettings(Settings):
@@ -52,8 +65,47 @@ class ClassificationSettings(TaskSettings):
         return self
 
 
+class ClassificationMetrics(Outgoing):
+    auroc: Share | None = None
+    loss: NotNegative | None = None
+    accuracy: Share | None = None
+    balanced_accuracy: Share | None = None
+    sensitivity: Share | None = None
+    specificity: Share | None = None
+    cases: Count | None = None
+
+
+class ClassFigures(Outgoing):
+    auroc: Share | None
+    auroc_ci: Interval | None
+    threshold: Share | None
+    roc: RocCurve | None
+    sensitivity: Share | None
+    sensitivity_ci: Interval | None
+    specificity: Share | None
+    specificity_ci: Interval | None
+
+
+class SubgroupFigures(Outgoing):
+    cases: Count
+    auroc: Share | None
+    auroc_ci: Interval | None
+
+
+class ClassificationEvaluation(Evaluation):
+    auroc: Share | None
+    auroc_ci: Interval | None
+    accuracy: Share | None
+    balanced_accuracy: Share | None
+    per_class: dict[ClassKey, ClassFigures]
+    calibration: Calibration | None
+    subgroups: dict[Covariate, dict[Group, SubgroupFigures]]
+
+
 class Classification(Task):
     settings_type = ClassificationSettings
+    declared_metrics = ClassificationMetrics
+    declared_evaluation = ClassificationEvaluation
     settings: ClassificationSettings
     spatial_dims = 2
 

@@ -36,6 +36,17 @@ from fedimaging.networks.base import Output
 from fedimaging.settings import ClassName, Settings
 from fedimaging.tasks import statistics as stats
 from fedimaging.tasks.base import Item, Task, TaskSettings, require_splits
+from fedimaging.tasks.declared import (
+    ClassKey,
+    Count,
+    Covariate,
+    Evaluation,
+    Group,
+    Interval,
+    NotNegative,
+    Outgoing,
+    Share,
+)
 
 AXES = ("left_right", "posterior_anterior", "inferior_superior")
 """The axes of a volume in RAS+ order, and what a flip along each swaps."""
@@ -51,10 +62,11 @@ _ISOTROPIC = 1.5
 """sides of a voxel that differ by more are not rotated into one another"""
 _QUARTILES = (0.25, 0.5, 0.75)
 
-Share = Annotated[float, Field(ge=0, le=0.5)]
+Half = Annotated[float, Field(ge=0, le=0.5)]
 Side = Annotated[int, Field(ge=8, le=1024)]
 Millimetres = Annotated[float, Field(ge=0.1, le=20)]
 Percent = Annotated[float, Field(ge=0, le=100)]
+Quartiles = Annotated[list[float], Field(min_length=len(_QUARTILES), max_length=len(_QUARTILES))]
 
 
 class IntensitySettings(Settings):
@@ -81,14 +93,14 @@ class AugmentationSettings(Settings):
     """Random changes of a training patch; every one off at 0."""
 
     rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0
-    shift: Share = 0.05
+    shift: Half = 0.05
     """largest shift, as a share of the patch's side"""
-    scale: Share = 0.1
+    scale: Half = 0.1
     flip: list[Literal["left_right", "posterior_anterior", "inferior_superior"]] = Field(default=[])
     """axes along which half of the patches are flipped; not left_right where a class is left or right"""
     noise: Annotated[float, Field(ge=0, le=2)] = 0.1
     """standard deviation, in units of the normalised intensity"""
-    brightness: Share = 0.1
+    brightness: Half = 0.1
     """largest change of the intensity by a factor, and by an offset"""
     contrast: Annotated[float, Field(ge=0, le=0.9)] = 0.2
     """gamma is drawn from 1 - contrast to 1 + contrast"""
@@ -123,6 +135,39 @@ class SegmentationSettings(TaskSettings):
         return self
 
 
+class SegmentationMetrics(Outgoing):
+    mean_dice: Share | None = None
+    mean_hd95: NotNegative | None = None
+    loss: float | None = None
+    cases: Count | None = None
+
+
+class StructureFigures(Outgoing):
+    cases: Count | None
+    dice: Share | None
+    dice_ci: Interval | None
+    dice_quantiles: Quartiles | None
+    hd95: NotNegative | None
+    hd95_ci: Interval | None
+    hd95_quantiles: Quartiles | None
+    false_positives: Share | None = None
+
+
+class SubgroupFigures(Outgoing):
+    cases: Count
+    mean_dice: Share | None
+    mean_dice_ci: Interval | None
+
+
+class SegmentationEvaluation(Evaluation):
+    mean_dice: Share | None
+    mean_dice_ci: Interval | None
+    mean_hd95: NotNegative | None
+    mean_hd95_ci: Interval | None
+    per_class: dict[ClassKey, StructureFigures]
+    subgroups: dict[Covariate, dict[Group, SubgroupFigures]]
+
+
 class Segmentation(Task):
     """Each voxel is of one structure or the background.
 
@@ -138,6 +183,8 @@ class Segmentation(Task):
 
     settings_type = SegmentationSettings
     key_metric = "mean_dice"
+    declared_metrics = SegmentationMetrics
+    declared_evaluation = SegmentationEvaluation
     output: ClassVar[Output] = "voxel"
     settings: SegmentationSettings
     spatial_dims = 3

@@ -19,6 +19,8 @@ FloatArray = NDArray[np.floating]
 BoolArray = NDArray[np.bool_]
 Interval = list[float]
 
+ROC_BINS, CALIBRATION_BINS = 20, 10
+
 _RESAMPLES = 1000
 
 
@@ -95,7 +97,7 @@ def subgroups(
     return groups
 
 
-def roc_curve(scores: FloatArray, positive: BoolArray, bins: int = 20) -> dict[str, list[float]]:
+def roc_curve(scores: FloatArray, positive: BoolArray, bins: int = ROC_BINS) -> dict[str, list[float]]:
     """The true positive rate at ``bins`` + 1 equal steps of the false positive rate; no score of a case in it."""
     rates = np.linspace(0, 1, bins + 1)
     thresholds = np.quantile(scores[~positive], 1 - rates, method="higher")
@@ -112,7 +114,7 @@ def youden_threshold(scores: FloatArray, positive: BoolArray) -> float:
     return float(candidates[np.argmax(above[:, positive].mean(1) - above[:, ~positive].mean(1))])
 
 
-def calibration(confidence: FloatArray, correct: BoolArray, bins: int = 10) -> dict[str, object]:
+def calibration(confidence: FloatArray, correct: BoolArray, bins: int = CALIBRATION_BINS) -> dict[str, object]:
     """Reliability diagram and expected calibration error (Guo et al. 2017).
 
     Bins of fewer than ``MIN_CELL`` cases are withheld. No bin's count is told: those of the others would give it away.

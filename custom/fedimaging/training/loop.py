@@ -18,7 +18,7 @@ from fedimaging.datasets.manifest import Case
 from fedimaging.datasets.site import Dataset
 from fedimaging.errors import FedImagingError, Reason
 from fedimaging.networks import build_network
-from fedimaging.tasks.statistics import MIN_CELL, withhold_counts
+from fedimaging.tasks.statistics import MIN_CELL, withhold, withhold_counts
 from fedimaging.training.cache import CaseCache, DiskCache
 from fedimaging.training.precision import Precision
 from fedimaging.training.settings import JobSettings, TrainingSettings
@@ -219,21 +219,26 @@ class Site:
         return {
             "split": "test",
             "task": self.task.settings.name,
-            "cases": len(cases),
-            "patients": len({case.patient for case in cases}),
+            "cases": withhold(len(cases)),
+            "patients": withhold(len({case.patient for case in cases})),
             "min_cell": MIN_CELL,
-            "classes": withhold_counts(manifest.class_counts("test")),
+            "classes": self._class_counts("test"),
             **{
                 split: {
-                    "cases": len(manifest.split(split)),
-                    "classes": withhold_counts(manifest.class_counts(split)),
+                    "cases": withhold(len(manifest.split(split))),
+                    "classes": self._class_counts(split),
                 }
                 for split in ("training", "validation")
             },
             **figures,
-            "skipped": self.skipped(),
+            "skipped": withhold(self.skipped()),
             "seconds": round(time.monotonic() - start, 3),
         }
+
+    def _class_counts(self, split: str) -> dict[str, int | None]:
+        """Cases of the job's classes; a site's manifest may know more."""
+        counts = self.dataset.manifest.class_counts(split)
+        return withhold_counts({name: counts[name] for name in self.task.settings.classes if name in counts})
 
     def outcomes(self, state: Mapping[str, Tensor], split: str) -> Tensor:
         """The task's outcomes (cases, columns) of a state on a split; kept, so that no state is run twice."""
