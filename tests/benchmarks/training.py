@@ -1,10 +1,11 @@
 """Training throughput: our loop against the plain one, and the cost of data from the second epoch on.
 
-Example: python tests/benchmarks/training.py --images 256 --size 64
+Example: python tests/benchmarks/training.py --job jobs/brain_lesion_fedavg --cases 60
 """
 
 import argparse
 import itertools
+import os
 import statistics
 import tempfile
 import time
@@ -17,15 +18,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fedimaging.datasets.images import read_image
-from fedimaging.datasets.site import MANIFEST_FILE, resolve
+from fedimaging.datasets.site import resolve
 from fedimaging.datasets.synthetic import synthesize
+from fedimaging.federation.job import JobFolder
 from fedimaging.tasks import Item
 from fedimaging.training.loop import Site, exchanged
-from fedimaging.training.precision import Precision
 from fedimaging.training.settings import JobSettings
 
-NETWORK = "DenseNet121"
+JOBS = Path(__file__).parents[2] / "jobs"
+PLAIN = "plain: float32, channels first, no cache"
 
 
 class InMemory:
@@ -41,15 +42,10 @@ class InMemory:
         return self.items[index]
 
 
-def job(size: int, precision: str, **training: Any) -> JobSettings:
-    return JobSettings(
-        {
-            "dataset": "chest_xray",
-            "task": {"name": "classification", "classes": ["normal", "consolidation", "effusion"], "image_size": size},
-            "network": {"name": NETWORK},
-            "training": {"precision": precision, **training},
-        }
-    )
+def changed(settings: JobSettings, **training: Any) -> JobSettings:
+    """The job with other settings of local training."""
+    raw = settings.to_dict()
+    return JobSettings({**raw, "training": {**raw["training"], "epochs": 1, **training}})
 
 
 def epoch_seconds(site: Site) -> float:
@@ -58,9 +54,9 @@ def epoch_seconds(site: Site) -> float:
 
 
 def plain_epoch(site: Site) -> Callable[[], float]:
-    """The loop that one writes first: float32, NCHW, each image decoded and transformed when its batch needs it."""
+    """The loop that one writes first: float32, channels first, each case loaded when its batch needs it."""
     task, dataset, training = site.task, site.dataset, site.settings.training
-    network = site.network.float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    network = site.network
     optimizer = torch.optim.AdamW(network.parameters(), lr=training.learning_rate)
     loss_function = task.loss(dataset.manifest.training)
     augment = task.augmentation(0)
@@ -94,48 +90,49 @@ def interleaved(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=320, help="images of the synthetic hospital")
-    parser.add_argument("--size", type=int, default=64, help="pixels a side")
+    parser.add_argument(
+        "--job", type=Path, default=JOBS / "chest_xray_fedavg", help="job folder (default: %(default)s)"
+    )
+    parser.add_argument("--cases", type=int, default=320, help="cases of the synthetic hospital (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
+    settings = JobFolder(arguments.job).settings()
+    task = settings.task.settings.name
     with tempfile.TemporaryDirectory() as folder:
-        manifest = synthesize(Path(folder), hospitals=1, cases=arguments.images)[0]
-        assert manifest.name == MANIFEST_FILE
-        (Path(folder) / "datasets.yml").write_text(f"chest_xray: {{path: {manifest.parent}}}\n")
-        dataset = resolve("chest_xray", "hospital-a", Path(folder))
+        os.environ["XDG_CACHE_HOME"] = folder
+        root = Path(folder)
+        [manifest] = synthesize(root, task=task, dataset=settings.dataset, hospitals=1, cases=arguments.cases)
+        (root / "datasets.yml").write_text(f"{settings.dataset}: {{path: {manifest.parent}}}\n")
+        dataset = resolve(settings.dataset, "hospital-a", root)
 
-        ours = Site(job(arguments.size, "auto"), dataset)
-        plain = Site(job(arguments.size, "float32"), dataset)
-        ideal = Site(job(arguments.size, "auto"), dataset)
+        ours, ideal = Site(changed(settings), dataset), Site(changed(settings), dataset)
+        plain = Site(changed(settings, precision="float32"), dataset)
         loaded = ours.split("training")
         ideal._splits["training"] = InMemory([loaded[i] for i in range(len(loaded))], loaded.cases)  # type: ignore[assignment]
-        spilled = Site(job(arguments.size, "auto", cache_memory_mb=0, cache_disk_mb=1024), dataset)
-        run_plain = plain_epoch(plain)
+        spilled = Site(changed(settings, cache_memory_mb=0, cache_disk_mb=4096), dataset)
         runs = {
             "auto, cached": lambda: epoch_seconds(ours),
             "auto, tensors in memory": lambda: epoch_seconds(ideal),
             "auto, disk cache": lambda: epoch_seconds(spilled),
-            "plain: float32, NCHW, no cache": run_plain,
+            PLAIN: plain_epoch(plain),
         }
         for run in runs.values():
             run()
         seconds = interleaved(runs, arguments.repeats)
-        decode = time.monotonic()
+        loading = time.monotonic()
         for case in dataset.manifest.training:
-            read_image(dataset.root / case.image)
-        decode = time.monotonic() - decode
+            settings.task.load(dataset.root, case)
+        loading = time.monotonic() - loading
 
     cases = len(dataset.manifest.training)
-    precision = Precision.choose("auto")
-    table = Table("loop", "images/s", "against plain", title=f"{NETWORK}, {arguments.size} px, {cases} images an epoch")
+    size = " x ".join(map(str, settings.task.input_shape))
+    table = Table("loop", "cases/s", "against plain", title=f"{settings.network.name}, {size}, {cases} cases an epoch")
     for name, value in seconds.items():
-        table.add_row(name, f"{cases / value:.0f}", f"{seconds['plain: float32, NCHW, no cache'] / value:.2f}x")
+        table.add_row(name, f"{cases / value:.1f}", f"{seconds[PLAIN] / value:.2f}x")
     console = Console()
     console.print(table)
-    kind = "bfloat16, channels_last" if precision.bfloat16 else "float32"
-    console.print(
-        f"auto is {kind} here, {torch.get_num_threads()} threads; reading the DICOM files alone: {decode:.1f} s"
-    )
+    kind = "bfloat16, channels last" if ours.precision.bfloat16 else "float32"
+    console.print(f"auto is {kind} here, {torch.get_num_threads()} threads; reading the cases alone: {loading:.1f} s")
     console.print(
         "from the second epoch on, against tensors in memory with the same augmentation: "
         f"{seconds['auto, tensors in memory'] / seconds['auto, cached']:.1%}"
