@@ -46,6 +46,33 @@ RGB: dict[str, Any] = {
     "training": {"epochs": 1, "batch_size": 32, "optimizer": "adam", "learning_rate": 0.001, "schedule": "one_cycle"},
     "seed": 0,
 }  # fmt: skip
+HIPPOCAMPUS: dict[str, Any] = {
+    "dataset": "hippocampus",
+    "task": {
+        "name": "segmentation",
+        "classes": ["Anterior", "Posterior"],
+        "spacing": [1.0, 1.0, 1.0],
+        "patch_size": [40, 56, 40],
+        "augmentation": {"flip": ["left_right"], "noise": 0.05, "contrast": 0.1},
+    },
+    "network": {"name": "SegResNet", "norm": "batch", "init_filters": 16},
+    "training": {"epochs": 2, "batch_size": 2, "optimizer": "adamw", "learning_rate": 0.002, "schedule": "one_cycle"},
+    "seed": 0,
+}
+BRAIN_LESION: dict[str, Any] = {
+    "dataset": "brain_lesion",
+    "task": {
+        "name": "segmentation",
+        "classes": ["lesion"],
+        "spacing": [3.0, 3.0, 3.0],
+        "patch_size": [48, 48, 48],
+        "augmentation": {"flip": ["left_right"]},
+        "allow_empty": True,
+    },
+    "network": {"name": "SegResNet", "norm": "batch", "init_filters": 16},
+    "training": {"epochs": 2, "batch_size": 2, "optimizer": "adamw", "learning_rate": 0.002, "schedule": "one_cycle"},
+    "seed": 0,
+}
 # What differs from the base in the job of each strategy. SCAFFOLD is defined for plain SGD.
 STRATEGIES: dict[str, dict[str, Any]] = {
     "fedprox": {"strategy": {"name": "fedprox", "mu": 0.01}},
@@ -85,6 +112,8 @@ def recipes() -> list[FedJob]:
     return [
         federated("chest_xray_fedavg", CHEST_XRAY, rounds=12, min_clients=2),
         federated("rgb_fedavg", RGB, rounds=20, min_clients=2),
+        federated("hippocampus_fedavg", HIPPOCAMPUS, rounds=24, min_clients=2),
+        federated("brain_lesion_fedavg", BRAIN_LESION, rounds=10, min_clients=2),
         *(
             federated(f"chest_xray_{name}", overlay(CHEST_XRAY, training), rounds=12, min_clients=2)
             for name, training in STRATEGIES.items()
