@@ -36,6 +36,7 @@ def _plain(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     from fedimaging import report, simulator
     from fedimaging.datasets import index, synthetic
+    from fedimaging.governance import command as governance
 
     parser = argparse.ArgumentParser(
         prog="python -m fedimaging",
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_clear_cache(data)
     simulator.add_commands(commands)
     report.add_commands(commands)
+    governance.add_commands(commands)
     return parser
 
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -78,9 +78,17 @@ class Entry:
 class Check:
     """What verification of a ledger found; it is whole if there are no faults."""
 
-    lines: int
-    last: str
+    hashes: list[str]
+    """of each line, in order"""
     faults: list[str]
+
+    @property
+    def lines(self) -> int:
+        return len(self.hashes)
+
+    @property
+    def last(self) -> str:
+        return self.hashes[-1] if self.hashes else START
 
 
 class Ledger:
@@ -190,8 +198,7 @@ class Ledger:
         self._read_to += len(line)
         self._lines += 1
         self._before, self._last = self._last, hashlib.sha256(line).hexdigest()
-        if record.get("counts") is True and record.get("gate") == PASSED:
-            self._rounds[str(record.get("grant"))] += 1
+        self._rounds.update(_grants_charged([record]))
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -232,6 +239,15 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return [record for record in map(_parse, read_lines(folder)) if record]
 
 
+def rounds_used(folder: Path) -> Counter[str]:
+    """How many rounds of each grant are used up, by its id."""
+    return Counter(_grants_charged(read_records(folder)))
+
+
+def _grants_charged(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    return [str(r.get("grant")) for r in records if r.get("counts") is True and r.get("gate") == PASSED]
+
+
 def verify(folder: Path) -> Check:
     """Checks each line against the hash in the next, and the last against ``ledger.head``."""
     faults: list[str] = []
@@ -260,7 +276,7 @@ def verify(folder: Path) -> Check:
         faults.append(f"line {head[0]}: changed; it was the last that {HEAD_FILE} knows")
     elif head[0] < lines - 1:
         faults.append(f"{lines - head[0]} lines at the end were not written by this programme")
-    return Check(lines, hashes[-1], faults)
+    return Check(hashes[1:], faults)
 
 
 def _parse_head(raw: bytes) -> tuple[int, str] | None:
