@@ -16,6 +16,7 @@ import getpass
 import gzip
 import hashlib
 import io
+import ipaddress
 import json
 import os
 import re
@@ -29,7 +30,7 @@ import tarfile
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -751,11 +752,22 @@ def _signal(number: int, what: signal.Signals) -> None:
         raise KitError(f"process {number} belongs to another user; stop the kit as that user") from None
 
 
-def service_unit(kit: Path, pins: Path, user: str, data: Sequence[Path]) -> str:
-    """The kit's systemd unit for this machine: only the server's addresses may be reached, and data only be read."""
+def service_unit(kit: Path, pins: Path, user: str, data: Sequence[Path], allow: Sequence[str]) -> str:
+    """The kit's systemd unit for this machine: images are only read, and only the server and name servers reached.
+
+    Args:
+        kit: its folder.
+        pins: the file that `verify --pin` wrote.
+        user: who runs it.
+        data: folders of images.
+        allow: further addresses or networks, such as a forward proxy's.
+    """
     host, port = server_address(kit)
     try:
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        found |= {str(ipaddress.ip_network(text, strict=False)) for text in [*allow, *_name_servers()]}
+    except ValueError as error:
+        raise KitError(f"--allow: {error}") from None
     except OSError as error:
         raise KitError(
             f"{host}: can't be resolved ({error.strerror}); the unit lets the kit reach its addresses only"
@@ -770,6 +782,14 @@ def service_unit(kit: Path, pins: Path, user: str, data: Sequence[Path]) -> str:
         "data": " ".join(str(path) for path in data) or "-/nonexistent",
     }
     return re.sub(r"@(\w+)@", lambda name: values[name[1]], (kit / UNIT).read_text())
+
+
+def _name_servers() -> list[str]:
+    try:
+        lines = [line.split() for line in Path("/etc/resolv.conf").read_text().splitlines()]
+    except OSError:
+        return []
+    return [words[1].partition("%")[0] for words in lines if words[:1] == ["nameserver"] and len(words) > 1]
 
 
 def server_address(kit: Path) -> tuple[str, int]:
@@ -815,40 +835,45 @@ def add_commands(subparsers: Any) -> None:
     parser.add_argument("locks", type=Path, nargs="+", help="lock files, of the kit's local/ or the public repository")
     parser.add_argument("--to", type=Path, required=True, help="the folder to fill")
     parser.set_defaults(run=_run_wheelhouse)
-    where = "/srv/fedimaging/hospital-a"
-    pinned = f"{where} --pins /etc/fedimaging/pins.json"
-    for name, says, example, function in (
-        ("start", "verify a kit and start it", pinned, _run_start),
-        ("stop", "stop a kit; the server is told", where, _run_stop),
-        ("restart", "verify a kit, stop it and start it again", pinned, _run_restart),
-        (
-            "status",
-            "say which version a kit holds, whether it runs and whether the server knows it",
-            pinned,
-            _run_status,
-        ),
-        ("logs", "show the end of a kit's log", f"{where} --follow", _run_logs),
-        ("install", "install a site package into a stopped kit", f"{where} new.package --pins pins.json", _run_install),
-        ("rollback", "install the package that was in place before", pinned, _run_rollback),
-        ("unit", "print a systemd unit that runs a kit", f"{pinned} --user fedimaging --data /srv/xray", _run_unit),
-    ):
-        parser = _command(subparsers, name, says, f"{name} {example}")
+    _add_operations(subparsers)
+
+
+def _add_operations(subparsers: Any) -> None:
+    """The commands for a kit that was verified once and is pinned."""
+    where, pins = "/srv/fedimaging/hospital-a", "--pins /etc/fedimaging/pins.json"
+
+    def add(name: str, says: str, options: str, run: Callable[[argparse.Namespace], int | None]) -> Any:
+        parser = _command(subparsers, name, says, f"{name} {options}")
         parser.add_argument("kit", type=Path, help="the kit's folder")
-        if name == "install":
-            parser.add_argument("package", type=Path, help="the package that the project admin issued")
-        if name not in {"stop", "logs"}:
+        if pins in options:
             parser.add_argument("--pins", type=Path, required=True, help="the file that `verify --pin` wrote")
-        if name in {"start", "restart"}:
-            parser.add_argument("--foreground", action="store_true", help="stay in the foreground, for systemd")
-        if name in {"stop", "restart"}:
-            parser.add_argument("--seconds", type=float, default=60, help="then it is ended by force (default: 60)")
-        if name == "logs":
-            parser.add_argument("--lines", type=int, default=50, help="how many (default: 50)")
-            parser.add_argument("--follow", action="store_true", help="wait for more")
-        if name == "unit":
-            parser.add_argument("--user", required=True, help="the ordinary user that runs the kit")
-            parser.add_argument("--data", type=Path, nargs="*", default=[], help="folders of images, to be read only")
-        parser.set_defaults(run=function)
+        parser.set_defaults(run=run)
+        return parser
+
+    add("preflight", "check what a kit needs and say how to mend what fails", f"{where} {pins}", _run_preflight)
+    parser = add("start", "verify a kit and start it", f"{where} {pins}", _run_start)
+    parser.add_argument("--foreground", action="store_true", help="stay in the foreground, for systemd")
+    for name, says, options, run in (
+        ("stop", "stop a kit; the server is told", where, _run_stop),
+        ("restart", "verify a kit, stop it and start it again", f"{where} {pins}", _run_restart),
+    ):
+        parser = add(name, says, options, run)
+        parser.add_argument("--seconds", type=float, default=60, help="then it is ended by force (default: 60)")
+        parser.set_defaults(foreground=False)
+    add("status", "say what a kit holds, whether it runs and reached the server", f"{where} {pins}", _run_status)
+    parser = add("logs", "show the end of a kit's log", f"{where} --follow", _run_logs)
+    parser.add_argument("--lines", type=int, default=50, help="how many (default: 50)")
+    parser.add_argument("--follow", action="store_true", help="wait for more")
+    parser = add("fedimaging", "run a command of the kit's package", f"{pins} {where} data index --help", _run_package)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command and its options")
+    parser = add("install", "install a site package into a stopped kit", f"{where} new.package {pins}", _run_install)
+    parser.add_argument("package", type=Path, help="the package that the project admin issued")
+    add("rollback", "install the package that was in place before", f"{where} {pins}", _run_rollback)
+    example = f"{where} {pins} --user fedimaging --data /srv/xray"
+    parser = add("unit", "print a systemd unit that runs a kit", example, _run_unit)
+    parser.add_argument("--user", required=True, help="the ordinary user that runs the kit")
+    parser.add_argument("--data", type=Path, nargs="*", default=[], help="folders of images, to be read only")
+    parser.add_argument("--allow", nargs="*", default=[], help="further addresses to reach, such as a proxy's")
 
 
 def _command(subparsers: Any, name: str, says: str, example: str) -> argparse.ArgumentParser:
@@ -903,6 +928,27 @@ def _run_verify(arguments: argparse.Namespace) -> int:
 def _run_wheelhouse(arguments: argparse.Namespace) -> None:
     count = make_wheelhouse(arguments.locks, arguments.to)
     print(f"{arguments.to}: {count} files; GUIDE.md says how they are installed")
+
+
+def _run_preflight(arguments: argparse.Namespace) -> int:
+    kit = arguments.kit.resolve()
+    if not _say(kit, verify(kit, Pins.read(arguments.pins))):
+        return 1
+    sys.stdout.flush()
+    return _with_package(kit, "fedimaging.federation.preflight", str(kit))
+
+
+def _run_package(arguments: argparse.Namespace) -> int:
+    kit = arguments.kit.resolve()
+    if not _say_problems(kit, verify(kit, Pins.read(arguments.pins))):
+        return 1
+    return _with_package(kit, "fedimaging", *arguments.arguments)
+
+
+def _with_package(kit: Path, module: str, *arguments: str) -> int:
+    """Runs a module of the kit's package in this Python's environment. Call :func:`verify` first."""
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, env=start_environment(kit, os.environ), check=False).returncode  # noqa: S603
 
 
 def _run_start(arguments: argparse.Namespace) -> int:
@@ -991,7 +1037,7 @@ def _run_unit(arguments: argparse.Namespace) -> int:
     if not _say_problems(kit, verify(kit, Pins.read(arguments.pins))):
         return 1
     data = [path.resolve() for path in arguments.data]
-    print(service_unit(kit, arguments.pins.resolve(), arguments.user, data), end="")
+    print(service_unit(kit, arguments.pins.resolve(), arguments.user, data, arguments.allow), end="")
     return 0
 
 
