@@ -26,7 +26,8 @@ NETWORK = {"name": "ResNet18"}
 GOOD: dict[str, dict[str, object]] = {
     "fedimaging.federation.evaluation.CrossSiteEvaluation": {"timeout": 60},
     "fedimaging.federation.workflow.FederatedAveraging": {
-        "num_rounds": 1, "min_clients": 1, "straggler_wait": 60, "fedimaging": "~=0.1.0",
+        "num_rounds": 1, "min_clients": 1, "required_sites": [], "round_timeout": 60, "straggler_wait": 60,
+        "continues": "", "fedimaging": "~=0.1.0",
         "strategy": {"name": "fedprox"},
     },
     "fedimaging.federation.persistor.NetworkPersistor": {"task": TASK, "network": NETWORK, "seed": 0},

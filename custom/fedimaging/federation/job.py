@@ -18,7 +18,10 @@ _EXECUTOR = "fedimaging.federation.executor.TrainerExecutor"
 _PERSISTOR = "fedimaging.federation.persistor.NetworkPersistor"
 _WORKFLOW = "fedimaging.federation.workflow.FederatedAveraging"
 _SHARED = ("task", "network", "seed")
-_WORKFLOW_NAMES = {"rounds": "num_rounds", "min_clients": "min_clients", "straggler_wait": "straggler_wait"}
+_WORKFLOW_NAMES = {
+    "rounds": "num_rounds",
+    **{name: name for name in ("min_clients", "required_sites", "round_timeout", "straggler_wait", "continues")},
+}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 

@@ -1,4 +1,4 @@
-"""The server's workflow: FLARE's FedAvg with model selection, a record of every round, and tolerance of refusals."""
+"""The server's workflow: FLARE's FedAvg with deadlines, a quorum, model selection and a record of every round."""
 
 import copy
 import json
@@ -6,36 +6,42 @@ import math
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from nvflare.apis.controller_spec import ClientTask
-from nvflare.apis.fl_constant import FLContextKey, FLMetaKey
+from nvflare.apis.client import Client
+from nvflare.apis.controller_spec import ClientTask, TaskCompletionStatus
+from nvflare.apis.fl_constant import FLContextKey, FLMetaKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_def import JobMetaKey
+from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.workflows.fedavg import FedAvg as FlareFedAvg
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from fedimaging import __version__
 from fedimaging.errors import FedImagingError, Reason
+from fedimaging.federation.earlier import EarlierRun, take_over
 from fedimaging.federation.executor import deployed_config
 from fedimaging.federation.persistor import NetworkPersistor
 from fedimaging.federation.protocol import (
+    ANSWERED,
     PERSISTOR_ID,
     REASON_HEADER,
     REPORT,
     ROUNDS_FILE,
+    STRATEGY_STATE,
     VALIDATE_LAST,
     to_parameters,
     to_state,
 )
+from fedimaging.federation.quorum import Quorum
 from fedimaging.federation.selection import ModelSelection, vote
 from fedimaging.federation.session import peak_memory
 from fedimaging.settings import ANY_VERSION, Settings, Specifier, holds_placeholder, parse
@@ -43,14 +49,27 @@ from fedimaging.training.strategies import DEFAULT_STRATEGY, FedAvg, Strategy
 from fedimaging.version import package_hash, require
 
 _POLL_SECONDS = 0.1
+_SYNC_SECONDS = 2.0
+
+Seconds = Annotated[int, Field(ge=1, le=7 * 24 * 3600)]
+SiteName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
 class WorkflowSettings(Settings):
+    """Rounds, and who must take part in them."""
+
     num_rounds: Annotated[int, Field(ge=1, le=10_000)]
+    """rounds of training"""
     min_clients: Annotated[int, Field(ge=1, le=10_000)]
-    """sites that must contribute to a round; with fewer the job ends"""
-    straggler_wait: Annotated[int, Field(ge=1, le=7 * 24 * 3600)] = 3600
-    """seconds to wait for the other sites once so many have answered"""
+    """sites that must contribute to a round, any others may miss it; with fewer the job ends"""
+    required_sites: list[SiteName] = Field(default_factory=list)
+    """sites that must contribute to every round, by name"""
+    round_timeout: Seconds = 4 * 3600
+    """seconds that a round may take; it is then closed with the sites that contributed"""
+    straggler_wait: Seconds = 3600
+    """seconds to wait for the other sites once enough have contributed"""
+    continues: Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9_-]{0,63})?$")] = ""
+    """id of an interrupted job of the same submitter, whose rounds this job continues"""
     fedimaging: Specifier = ANY_VERSION
     """the version of this package that the job needs"""
     strategy: Strategy = FedAvg()
@@ -61,16 +80,23 @@ class FederatedAveraging(FlareFedAvg):
     """FedAvg (McMahan et al. 2017) over all sites, weighted by the cases really used in the round, or another strategy.
 
     The global model that arrives is judged on the sites' validation cases before it is trained on, the last aggregate
-    too; the best one is kept. A site that refuses is recorded by its reason code, and the job goes on as long as
-    ``min_clients`` sites contribute. Every round is a line of ``rounds.jsonl`` in the server's job folder, and
-    scalars go to TensorBoard there.
+    too; the best one is kept.
+
+    A round is closed when every site has answered, ``straggler_wait`` seconds after enough have contributed, or
+    ``round_timeout`` seconds after it began. It counts if ``min_clients`` sites contributed, all ``required_sites``
+    among them; as soon as that cannot happen any more the job ends, and another can continue it. What comes after its
+    round was closed is recorded and not averaged. A site that refuses is recorded by its reason code. Every round is a
+    line of ``rounds.jsonl`` in the server's job folder, and scalars go to TensorBoard there.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 (FLARE gives them by name)
         self,
         num_rounds: int,
         min_clients: int,
+        required_sites: Sequence[str] = (),
+        round_timeout: int = 4 * 3600,
         straggler_wait: int = 3600,
+        continues: str = "",
         fedimaging: str = ANY_VERSION,
         strategy: dict[str, Any] = DEFAULT_STRATEGY,
     ) -> None:
@@ -79,7 +105,10 @@ class FederatedAveraging(FlareFedAvg):
             {
                 "num_rounds": num_rounds,
                 "min_clients": min_clients,
+                "required_sites": list(required_sites) if isinstance(required_sites, tuple) else required_sites,
+                "round_timeout": round_timeout,
                 "straggler_wait": straggler_wait,
+                "continues": continues,
                 "fedimaging": fedimaging,
                 "strategy": strategy,
             },
@@ -91,12 +120,23 @@ class FederatedAveraging(FlareFedAvg):
             num_rounds=settings.num_rounds,
             persistor_id=PERSISTOR_ID,
             task_check_period=_POLL_SECONDS,
+            # Which errors a round survives is decided by its quorum.
+            ignore_result_error=True,
         )
-        self.min_clients, self.straggler_wait = settings.min_clients, settings.straggler_wait
+        self.min_clients, self.required_sites = settings.min_clients, required_sites
+        self.round_timeout, self.straggler_wait = settings.round_timeout, settings.straggler_wait
+        self.continues = settings.continues
+        self._total_rounds = settings.num_rounds
+        self._quorum = Quorum(settings.min_clients, frozenset(settings.required_sites))
+        self._earlier: EarlierRun | None = None
+        self._asked: list[str] = []
+        self._answered: set[str] = set()
         self._sites: dict[str, dict[str, Any]] = {}
         self._refused: dict[str, str] = {}
-        self._asked: list[str] = []
         self._bytes_in = 0
+        self._training = False
+        self._met_at: float | None = None
+        self._synced_at = 0.0
         self._last: FLModel | None = None
         self._selection = ModelSelection("")
 
@@ -119,6 +159,8 @@ class FederatedAveraging(FlareFedAvg):
         self._server = self._strategy.server(persistor.model)
         self._wanted = self._strategy.sent(persistor.model)
         self._peaks: dict[str, int] = {}
+        if self.continues:
+            self._continue_earlier()
         super().run()
         if self._last is not None and not self.abort_signal.triggered:
             self._judge_last(self._last)
@@ -127,11 +169,21 @@ class FederatedAveraging(FlareFedAvg):
     def load_model(self) -> FLModel:
         model = super().load_model()
         if model is not None:
+            if self._earlier is not None:
+                _replace_weights(model, self._earlier)
+                self._last = model
             self._model_bytes = sum(value.nbytes for value in model.params.values())
-            self._record_start(model)
+            self._record_start()
         return model
 
+    def sample_clients(self, num_clients: int | None = None) -> list[str]:
+        """The job's sites without those that FLARE deems dead; one that came back is asked again."""
+        self._meet_returned_sites()
+        names: list[str] = super().sample_clients(num_clients)
+        return [name for name in names if not self.get_client_disconnect_time(name)]
+
     def save_model(self, model: FLModel) -> None:
+        self.persistor.persistence_manager.other_props[STRATEGY_STATE] = self._server.state()
         super().save_model(model)
         self._last = model
         self._record_round()
@@ -147,21 +199,44 @@ class FederatedAveraging(FlareFedAvg):
     ) -> None:
         self._round_started = time.monotonic()
         self._asked = [getattr(target, "name", target) for target in targets or self.sample_clients(None)]
-        self._sites, self._refused, self._bytes_in = {}, {}, 0
-        if task_name == AppConstants.TASK_TRAIN and data is not None:
+        self._answered, self._sites, self._refused, self._bytes_in = set(), {}, {}, 0
+        self._training, self._met_at = task_name == AppConstants.TASK_TRAIN, None
+        self._give_up_without_quorum(outstanding=self._asked)
+        if data is not None:
             data = copy.copy(data)
-            data.params = to_parameters(self._server.outgoing(to_state(data.params)))
-            self._sent_bytes = sum(value.nbytes for value in data.params.values())
+            data.total_rounds = self._total_rounds
+            if self._training:
+                data.params = to_parameters(self._server.outgoing(to_state(data.params)))
+                self._sent_bytes = sum(value.nbytes for value in data.params.values())
         self.broadcast_model(
             task_name=task_name,
             data=data,
             targets=self._asked,
-            min_responses=min(self.min_clients, len(self._asked)),
-            wait_time_after_min_received=self.straggler_wait,
-            timeout=timeout,
+            min_responses=len(self._asked),
+            timeout=timeout or self.round_timeout,
             blocking=False,
             callback=callback,
         )
+
+    def get_num_standing_tasks(self) -> int:
+        """The number of open tasks. FLARE asks this while a round is open, which is when the round is watched."""
+        self._meet_returned_sites()
+        outstanding = set(self._asked) - self._answered
+        self._give_up_without_quorum(outstanding)
+        if outstanding and self._quorum.met(set(self._sites) if self._training else self._answered):
+            self._met_at = self._met_at or time.monotonic()
+            if time.monotonic() - self._met_at >= self.straggler_wait:
+                self.cancel_all_tasks(TaskCompletionStatus.OK)
+        return int(super().get_num_standing_tasks())
+
+    def process_result_of_unknown_task(
+        self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
+    ) -> None:
+        """Records a reply that came after its round was closed; it is not averaged."""
+        number = result.get_cookie(AppConstants.CONTRIBUTION_ROUND)
+        late = number if isinstance(number, int) and not isinstance(number, bool) else None
+        self._record({"event": "late", "round": late, "site": client.name})
+        self.warning(f"site {client.name} answered after its round was closed; left out")
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         super().handle_event(event_type, fl_ctx)
@@ -169,15 +244,15 @@ class FederatedAveraging(FlareFedAvg):
             self._judge_arrived(fl_ctx)
 
     def _process_result(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
-        reason = client_task.result.get_header(REASON_HEADER)
-        if reason is not None:
+        site, result = client_task.client.name, client_task.result
+        reason = result.get_header(REASON_HEADER)
+        if reason is not None or result.get_return_code() != ReturnCode.OK:
             code = reason if reason in set(Reason) else Reason.INTERNAL.value
-            self._refused[client_task.client.name] = code
-            self._record(
-                {"event": "refused", "round": self.current_round, "site": client_task.client.name, "reason": code}
-            )
-            self.error(f"site {client_task.client.name} refused: {code}")
+            self._refused[site] = code
+            self._record({"event": "refused", "round": self.current_round, "site": site, "reason": code})
+            self.error(f"site {site} refused: {code}")
         super()._process_result(client_task, fl_ctx)
+        self._answered.add(site)
 
     def _aggregate_one_result(self, result: FLModel) -> bool:
         site = str(result.meta.get("client_name"))
@@ -210,11 +285,58 @@ class FederatedAveraging(FlareFedAvg):
         return super().update_model(model, aggr_result)
 
     def _get_aggregated_result(self) -> FLModel:
-        if self._received_count < self.min_clients:
-            raise RuntimeError(
-                f"round {self.current_round}: {self._received_count} sites contributed, not {self.min_clients}"
-            )
+        self._give_up_without_quorum()
         return super()._get_aggregated_result()
+
+    def _continue_earlier(self) -> None:
+        """Takes over an interrupted job's rounds, its best and its last model."""
+        workspace = self.engine.get_workspace()
+        meta = self.fl_ctx.get_prop(FLContextKey.JOB_META) or {}
+        earlier = take_over(self.continues, workspace, meta, self._run_dir)
+        task, network, _ = self.persistor.settings()
+        if self._strategy.local(self.persistor.model).memory:
+            raise FedImagingError(
+                f"continues: what {self._strategy.name} keeps at the sites is lost with the earlier job"
+            )
+        same = {
+            "task": task.settings.model_dump(),
+            "network": network.model_dump(),
+            "strategy": self._strategy.model_dump(),
+        }
+        if unequal := [name for name, value in same.items() if earlier.start.get(name) != _as_json(value)]:
+            raise FedImagingError(f"continues: job {self.continues} had another {unequal[0]}", Reason.BAD_MODEL)
+        self._earlier = earlier
+        self._server.load_state(earlier.strategy)
+        self.start_round = min(earlier.next_round, self._total_rounds)
+        self.num_rounds = self._total_rounds - self.start_round
+        for record in earlier.rounds:
+            self._record(record)
+            if record["best"]:
+                self._selection.best_index, self._selection.best_value = record["round"], record["key_metric"]
+
+    def _meet_returned_sites(self) -> None:
+        """Learns from the server's main process which of the job's sites came back under a new registration."""
+        if time.monotonic() - self._synced_at >= _SYNC_SECONDS:
+            self._synced_at = time.monotonic()
+            self.engine.sync_clients_from_main_process()
+
+    def _give_up_without_quorum(self, outstanding: Collection[str] = ()) -> None:
+        """Ends the job if this round of training cannot count any more."""
+        lack = self._quorum.shortfall(set(self._sites), outstanding) if self._training else None
+        if lack is None:
+            return
+        self.cancel_all_tasks(TaskCompletionStatus.CANCELLED)
+        self._record({"event": "failed", "round": self.current_round, "reason": lack, **self._participants()})
+        raise RuntimeError(f"round {self.current_round}: {lack}")
+
+    def _participants(self) -> dict[str, Any]:
+        """Who contributed to the round, who refused, and from whom nothing came."""
+        names = {client.name for client in self.engine.get_clients()} | set(self._asked)
+        return {
+            "sites": self._sites,
+            "refused": self._refused,
+            "missing": sorted(names - set(self._sites) - set(self._refused)),
+        }
 
     def _judge_arrived(self, fl_ctx: FLContext) -> None:
         metrics = {site: record["metrics"] for site, record in self._sites.items()}
@@ -230,13 +352,14 @@ class FederatedAveraging(FlareFedAvg):
             metrics[str(result.meta.get("client_name"))] = _finite_scalars(result.metrics)
 
         last = FLModel(params_type=model.params_type, params=model.params, meta={VALIDATE_LAST: True})
-        last.current_round, last.total_rounds = self.num_rounds, self.num_rounds
+        last.current_round = self._total_rounds
         self.send_model(task_name=AppConstants.TASK_VALIDATION, data=last, callback=keep)
         while self.get_num_standing_tasks():
             if self.abort_signal.triggered:
                 return
             time.sleep(self._task_check_period)
-        value, best = self._selection.judge(self.num_rounds, metrics)
+        self.fl_ctx.set_prop(ANSWERED, sorted(self._answered), private=True, sticky=True)
+        value, best = self._selection.judge(self._total_rounds, metrics)
         if best:
             self.event(AppEventType.GLOBAL_BEST_MODEL_AVAILABLE)
         self._record(
@@ -250,7 +373,7 @@ class FederatedAveraging(FlareFedAvg):
             }
         )
 
-    def _record_start(self, model: FLModel) -> None:
+    def _record_start(self) -> None:
         persistor = self.persistor
         task, network, seed = persistor.settings()
         meta = self.fl_ctx.get_prop(FLContextKey.JOB_META) or {}
@@ -259,8 +382,13 @@ class FederatedAveraging(FlareFedAvg):
                 "event": "start",
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
                 "job": meta.get(JobMetaKey.JOB_NAME),
-                "rounds": self.num_rounds,
+                "rounds": self._total_rounds,
+                "start_round": self.start_round,
+                "continues": self.continues,
                 "min_clients": self.min_clients,
+                "required_sites": sorted(self._quorum.required_sites),
+                "round_timeout": self.round_timeout,
+                "straggler_wait": self.straggler_wait,
                 "model_bytes": self._model_bytes,
                 "parameters": sum(p.numel() for p in persistor.model.parameters()),
                 "key_metric": task.key_metric,
@@ -280,16 +408,13 @@ class FederatedAveraging(FlareFedAvg):
 
     def _record_round(self) -> None:
         value, best = self._judged
-        missing = [site for site in self._asked if site not in self._sites and site not in self._refused]
-        record = {
+        record: dict[str, Any] = {
             "event": "round",
             "round": self.current_round,
             "seconds": self._round_seconds(),
             "bytes_out": self._sent_bytes * len(self._asked),
             "bytes_in": self._bytes_in,
-            "sites": self._sites,
-            "refused": self._refused,
-            "missing": missing,
+            **self._participants(),
             "key_metric": value,
             "best": best,
         }
@@ -350,6 +475,18 @@ def _package(said: Any) -> dict[str, str] | None:
     patterns = {"version": r"[0-9A-Za-z.+-]{1,64}", "sha256": r"[0-9a-f]{64}"}
     known = isinstance(said, dict) and all(re.fullmatch(p, str(said.get(name))) for name, p in patterns.items())
     return {name: str(said[name]) for name in patterns} if known else None
+
+
+def _replace_weights(model: FLModel, earlier: EarlierRun) -> None:
+    """Puts an earlier job's weights into a model of the same network."""
+    state = {name: value.numpy() for name, value in earlier.state.items()}
+    if {name: value.shape for name, value in state.items()} != {n: v.shape for n, v in model.params.items()}:
+        raise FedImagingError(f"continues: job {earlier.job_id} had another network", Reason.BAD_MODEL)
+    model.params = state
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
 
 
 def _is_finite(value: Any) -> bool:

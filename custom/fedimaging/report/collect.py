@@ -5,7 +5,7 @@ alone. Rounds are counted from 1: `round` 1 is the first one trained, `after_rou
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,14 +67,27 @@ class Log:
     rounds: list[dict[str, Any]]
     final: dict[str, Any]
     end: dict[str, Any]
+    failed: dict[str, Any]
+    late: frozenset[tuple[int, str]]
+    """(round, site) of what came after its round was closed"""
 
     @classmethod
     def of(cls, events: list[dict[str, Any]]) -> "Log":
-        named = {event["event"]: event for event in events if event.get("event") in ("start", "final", "end")}
+        named = {event["event"]: event for event in events if event.get("event") in ("start", "final", "end", "failed")}
         trained = [event for event in events if event.get("event") == "round" and "round" in event]
         rounds = {int(index): event for event in trained if (index := to_number(event["round"])) is not None}
+        late = [
+            (int(number), str(event.get("site")))
+            for event in events
+            if event.get("event") == "late" and (number := to_number(event.get("round"))) is not None
+        ]
         return cls(
-            named.get("start", {}), [rounds[r] for r in sorted(rounds)], named.get("final", {}), named.get("end", {})
+            named.get("start", {}),
+            [rounds[r] for r in sorted(rounds)],
+            named.get("final", {}),
+            named.get("end", {}),
+            named.get("failed", {}),
+            frozenset(late),
         )
 
 
@@ -111,7 +124,7 @@ def collect(workspace: Path, site: str | None = None) -> dict[str, Any]:
         "sites": sites,
         "job": _job(workspace, run, log, simulate),
         "picked": _picked(log),
-        "participation": [_participation(event, sites) for event in log.rounds],
+        "participation": [_participation(event, sites, log.late) for event in log.rounds],
         "training": [_training(event) for event in log.rounds],
         "validation": _validation(log, key),
         "cross_site": models,
@@ -123,7 +136,7 @@ def collect(workspace: Path, site: str | None = None) -> dict[str, Any]:
         "overrides": to_mapping(simulate.get("overrides")),
         "command": to_text(simulate.get("command")),
     }
-    report["problems"] = _problems(report, simulate) if run else []
+    report["problems"] = _problems(report, log.failed, simulate) if run else []
     report["headline"] = _headline(report)
     return report
 
@@ -224,6 +237,8 @@ def _job(workspace: Path, run: Path | None, log: Log, simulate: dict[str, Any]) 
         "min_clients": to_number(start.get("min_clients")),
         "seed": to_number(start.get("seed")),
         "start_from": to_text(start.get("start_from")),
+        "continues": to_text(start.get("continues")),
+        "start_round": to_number(start.get("start_round")),
         "task": to_mapping(start.get("task")),
         "network": to_mapping(start.get("network")),
         "finished": bool(log.end),
@@ -241,7 +256,7 @@ def _picked(log: Log) -> dict[str, Any]:
     return {"after_rounds": after, "key_metric": metric, "so_far": not log.end}
 
 
-def _participation(event: dict[str, Any], sites: Iterable[str]) -> dict[str, Any]:
+def _participation(event: dict[str, Any], sites: Iterable[str], late: Collection[tuple[int, str]]) -> dict[str, Any]:
     present, refused = to_mapping(event.get("sites")), to_mapping(event.get("refused"))
 
     def cell(site: str) -> dict[str, Any]:
@@ -252,7 +267,7 @@ def _participation(event: dict[str, Any], sites: Iterable[str]) -> dict[str, Any
         if site in refused:
             code = str(refused[site])
             return {"status": "refused", "reason": code, "meaning": REASONS.get(code)}
-        return {"status": "missing"}
+        return {"status": "late" if (event["round"], site) in late else "missing"}
 
     return {"round": int(event["round"]) + 1, "sites": {site: cell(site) for site in sites}}
 
@@ -376,7 +391,7 @@ def _packages(log: Log) -> dict[str, Any]:
     return {"sites": said} if said else {}
 
 
-def _problems(report: dict[str, Any], simulate: dict[str, Any]) -> list[str]:
+def _problems(report: dict[str, Any], failed: dict[str, Any], simulate: dict[str, Any]) -> list[str]:
     """What is missing from the run, one sentence each."""
     job, models = report["job"], report["cross_site"]
     done, planned = job["rounds_done"], job["rounds"]
@@ -388,6 +403,9 @@ def _problems(report: dict[str, Any], simulate: dict[str, Any]) -> list[str]:
         problems.append(f"The job did not finish: its log ends after round {done}{of}, without an end.")
     elif planned and done < planned:
         problems.append(f"The job ended after {done} of {planned} rounds.")
+    if failed and not job["finished"]:
+        number, why = to_number(failed.get("round")), to_text(failed.get("reason"))
+        problems.append(f"Round {int(number or 0) + 1} was not averaged, and the job ended there: {why}.")
     absent = [site for site in report["sites"] if not any(site in sites for sites in models.values())]
     if not models:
         problems.append(
@@ -429,6 +447,9 @@ def _summary(report: dict[str, Any]) -> list[str]:
         last = " (the last)" if picked == job["rounds_done"] else ""
         when = "before any training" if picked == 0 else f"after round {picked}{last}"
         sentences.append(f"The model picked is the one {when}, the best on validation{so_far}.")
+    if job["continues"] and job["start_round"]:
+        before = _plural(int(job["start_round"]), "round")
+        sentences.append(f"It continues job {job['continues']}, which was interrupted after {before}.")
     if job["simulated"]:
         sentences.append("This was a simulation: one machine played every hospital, each with its own images only.")
     else:
@@ -464,6 +485,8 @@ def _participation_cautions(report: dict[str, Any]) -> list[str]:
             cautions.append(f"{site} refused in {len(refused)} of {len(rows)} rounds ({codes}).")
         if missed:
             cautions.append(f"{site} was missing in {missed} of {len(rows)} rounds.")
+        if late := sum(row["status"] == "late" for row in rows):
+            cautions.append(f"{site} answered too late in {late} of {len(rows)} rounds.")
     return cautions
 
 
