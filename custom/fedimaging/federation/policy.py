@@ -68,6 +68,7 @@ def server_resources(storage: str) -> dict[str, Any]:
             {"id": "job_store", "path": files},
             _component("process_launcher", "job_launcher.server_process_launcher.ServerProcessJobLauncher"),
             _LONG_LIVED,
+            {"id": "restarts", "path": "fedimaging.federation.restarts.Restarts", "args": {}},
         ],
     }
 

@@ -1,0 +1,111 @@
+"""What FLARE alone does not mend after a restart: a site is not in its jobs any more, a server's jobs run for ever."""
+
+import threading
+from typing import Any
+
+from nvflare.apis.client import Client
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_constant import RunProcessKey, SystemComponents
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.job_def import ALL_SITES, Job, JobMetaKey, RunStatus
+from nvflare.apis.job_scheduler_spec import DispatchInfo
+from nvflare.private.admin_defs import MsgHeader, ReturnCode
+from nvflare.private.fed.server.job_runner import JobRunner
+from nvflare.private.fed.utils.fed_utils import extract_participants
+from nvflare.security.logging import secure_format_exception
+from nvflare.utils.job_launcher_utils import get_resource_manager_spec
+
+_REPLY_SECONDS = 60.0
+
+
+class Restarts(FLComponent):
+    """A component of the server's main process (``local/resources.json``), not of jobs.
+
+    Running jobs are deployed and started anew at a participant that registered again. The site checks a job as it did
+    the first time: its authorization, allow-list and resources have the same say. The job's process at the server
+    learns of the new registration by asking, see ``FederatedAveraging``.
+
+    Jobs that ran when the server was killed are marked as finished abnormally when it starts again, and what they left
+    is archived, so that it can be downloaded and continued.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self._handled: set[tuple[str, str]] = set()
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        if event_type == EventType.SYSTEM_START:
+            self._close_killed_jobs(fl_ctx)
+        elif event_type == EventType.CLIENT_HEARTBEAT_PROCESSED:
+            # A site's first heartbeat says that it listens; at its registration it does not yet.
+            self._welcome(fl_ctx)
+
+    def _close_killed_jobs(self, fl_ctx: FLContext) -> None:
+        engine = fl_ctx.get_engine()
+        jobs = engine.get_component(SystemComponents.JOB_MANAGER)
+        for job in jobs.get_jobs_by_status([RunStatus.RUNNING, RunStatus.DISPATCHED], fl_ctx):
+            try:
+                engine.job_runner._save_workspace(fl_ctx, job_id=job.job_id)
+            except Exception as error:
+                self.log_error(fl_ctx, f"job {job.job_id} is not archived: {secure_format_exception(error)}")
+            jobs.set_status(job.job_id, RunStatus.FINISHED_ABNORMAL, fl_ctx)
+            self.log_warning(fl_ctx, f"job {job.job_id} was running when the server stopped; another can continue it")
+
+    def _welcome(self, fl_ctx: FLContext) -> None:
+        peer, engine = fl_ctx.get_peer_context(), fl_ctx.get_engine()
+        client = engine.get_client_from_name(peer.get_identity_name()) if peer else None
+        if client is None:
+            return
+        for job_id, process in list(engine.run_processes.items()):
+            participants: dict[str, Client] = process.get(RunProcessKey.PARTICIPANTS) or {}
+            if client.token in participants or client.name not in {c.name for c in participants.values()}:
+                continue
+            with self._lock:
+                fresh = (job_id, client.token) not in self._handled
+                self._handled.add((job_id, client.token))
+            if fresh:
+                threading.Thread(target=self._restart, args=(engine, job_id, client), daemon=True).start()
+
+    def _restart(self, engine: Any, job_id: str, client: Client) -> None:
+        with engine.new_context() as fl_ctx:
+            try:
+                self._start(engine, engine.job_runner.running_jobs[job_id], client, fl_ctx)
+                self.log_info(fl_ctx, f"site {client.name} came back and takes part in job {job_id} again")
+            except Exception as error:
+                reason = secure_format_exception(error)
+                self.log_error(fl_ctx, f"site {client.name} came back but not to job {job_id}: {reason}")
+
+    def _start(self, engine: Any, job: Job, client: Client, fl_ctx: FLContext) -> None:
+        name, app = client.name, _app_of(job, client.name)
+        needs = get_resource_manager_spec(job.meta, name)
+        enough, token = engine.check_client_resources(job, {name: needs}, fl_ctx).get(name, (False, "no reply"))
+        if not enough:
+            raise RuntimeError(f"no resources: {token}")
+        message = JobRunner._make_deploy_message(job, job.get_application(app, fl_ctx), app, fl_ctx)
+        _check(engine.server.admin_server.send_requests_and_get_reply_dict({client.token: message}, _REPLY_SECONDS))
+        # Before the start: the site's job asks the server's for a task at once.
+        participants: dict[str, Client] = engine.run_processes[job.job_id][RunProcessKey.PARTICIPANTS]
+        others = {key: other for key, other in participants.items() if other.name != name}
+        participants = {**others, client.token: client}
+        engine.run_processes[job.job_id][RunProcessKey.PARTICIPANTS] = participants
+        job.meta[JobMetaKey.JOB_CLIENTS] = [participant.to_dict() for participant in participants.values()]
+        replies = engine.start_client_job(job, {name: DispatchInfo(app, needs, token)}, fl_ctx)
+        _check({reply.client_token: reply.reply for reply in replies})
+
+
+def _app_of(job: Job, site: str) -> str:
+    for app, deployments in job.get_deployment().items():
+        sites = extract_participants(deployments)
+        if site in sites or ALL_SITES in (name.upper() for name in sites):
+            return str(app)
+    raise RuntimeError("the job is not deployed to this site")
+
+
+def _check(replies: dict[str, Any]) -> None:
+    for reply in replies.values():
+        if reply is None:
+            raise RuntimeError("no reply")
+        if reply.get_header(MsgHeader.RETURN_CODE, ReturnCode.OK) != ReturnCode.OK:
+            raise RuntimeError(str(reply.body))
