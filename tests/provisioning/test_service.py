@@ -1,0 +1,217 @@
+"""A kit runs as a service, without and with systemd: the server and one hospital for real, on this machine."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from types import SimpleNamespace
+
+import pytest
+
+import fedimaging
+from fedimaging.version import package_hash
+from provisioning import kit as kit_file
+from provisioning import package as site_package
+from provisioning.cli import main
+from provisioning.keys import Keys
+from provisioning.kit import KitError, Pins, processes, service_unit, stop, verify
+from provisioning.package import write_package
+from tests.provisioning.conftest import PASSPHRASE, make_federation, pins, project_text
+
+SCRIPT = kit_file.__file__
+PATIENCE = 120
+
+
+@pytest.fixture
+def kit(handed_over, tmp_path):
+    return shutil.copytree(handed_over.kits / "hospital-a", tmp_path / "hospital-a")
+
+
+def unit(kit, tmp_path, **named):
+    values = {"user": "fedimaging", "data": [tmp_path / "images"], "allow": [], **named}
+    return service_unit(kit, tmp_path / "pins.json", values["user"], values["data"], values["allow"])
+
+
+def settings(text):
+    lines = [line.partition("=") for line in text.splitlines() if not line.startswith(("#", "["))]
+    return {name: value for name, _, value in lines if name}
+
+
+def test_the_unit_lets_the_kit_write_into_its_folder_and_reach_the_server_only(kit, tmp_path, monkeypatch):
+    monkeypatch.setattr(kit_file, "_name_servers", lambda: ["192.0.2.53"])
+    said = settings(unit(kit, tmp_path, allow=["198.51.100.7"]))
+    assert said["ReadWritePaths"] == str(kit)
+    assert said["ReadOnlyPaths"] == str(tmp_path / "images")
+    assert said["IPAddressDeny"] == "any"
+    server = {entry[4][0] for entry in socket.getaddrinfo("localhost", 443)}
+    assert set(said["IPAddressAllow"].split()) == server | {"192.0.2.53/32", "198.51.100.7/32", "localhost"}
+    assert said["ProtectSystem"] == "strict"
+    assert said["CapabilityBoundingSet"] == said["AmbientCapabilities"] == ""
+    assert said["NoNewPrivileges"] == "yes"
+    assert said["User"] == "fedimaging"
+    verifying = f"{SCRIPT} verify {kit} --pins {tmp_path / 'pins.json'}"
+    assert said["ExecStartPre"].endswith(verifying)
+    assert "@" not in re.sub(r"@(?:system-service|privileged)", "", unit(kit, tmp_path))
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_systemd_takes_the_unit_and_rates_it_as_safe(kit, tmp_path):
+    path = tmp_path / "fedimaging.service"
+    # The rating is of a user that exists on this machine and is not the special one called nobody.
+    path.write_text(unit(kit, tmp_path, user="daemon"))
+    checked = subprocess.run(
+        ["systemd-analyze", "verify", path], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert "Unknown" not in checked.stderr
+    rated = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", path],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert rated.returncode == 0, rated.stdout[-2000:] + rated.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": [kit_file.Path("/srv/my images")]}, "without spaces"),
+        ({"allow": ["proxy.example.org"]}, "--allow: 'proxy.example.org'"),
+        ({"data": [kit_file.Path("/srv/x\nExecStart=/bin/sh")]}, "without spaces"),
+    ],
+)
+def test_a_unit_is_not_made_of_what_systemd_would_misread(kit, tmp_path, change, words):
+    with pytest.raises(KitError, match=words):
+        unit(kit, tmp_path, **change)
+
+
+def test_the_command_prints_a_unit_of_a_kit_that_verifies_only(kit, handed_over, tmp_path, capsys):
+    pins(handed_over, "hospital-a").write(tmp_path / "pins.json")
+    arguments = ["unit", str(kit), "--pins", str(tmp_path / "pins.json"), "--user", "fedimaging", "--data", "/srv/xray"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("# Runs one hospital's startup kit")
+    assert said.endswith("WantedBy=multi-user.target\n")
+    (kit / "startup/start.sh").write_text("")
+    assert main(arguments) == 1
+    assert capsys.readouterr().out == ""
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """The Python of an environment with the requirements and without the package, which the kits bring."""
+    folder = tmp_path_factory.mktemp("environment") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=120)
+    packages = next((folder / "lib").glob("python*/site-packages"))
+    # What is named in a .pth is searched, but no .pth in it is obeyed: an editable install is not there.
+    (packages / "requirements.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    python = folder / "bin/python"
+    tried = subprocess.run([python, "-c", "import fedimaging"], cwd="/", env={}, capture_output=True, check=False)
+    assert b"No module named 'fedimaging'" in tried.stderr
+    return python
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory, python):
+    """A server that runs, and a hospital's kit that does not yet; both are stopped in the end, whatever happens."""
+    folder = tmp_path_factory.mktemp("running")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    text = project_text().replace("fed_learn_port: 443", f"fed_learn_port: {port}")
+    made = make_federation(folder, text.replace("/var/lib/fedimaging", str(folder / "storage")))
+    names = ("localhost", "hospital-a")
+    for name in names:
+        pins(made, name).write(folder / f"{name}.json")
+    server, hospital = (made.folder / "kits" / name for name in names)
+
+    def kit_py(command, kit, *more):
+        needs = ["--pins", str(folder / f"{kit.name}.json")] if command not in {"stop", "logs"} else []
+        return subprocess.run(
+            [python, "-I", SCRIPT, command, kit, *more, *needs],
+            env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "HOME": str(folder)},
+            capture_output=True, text=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+
+    code_key = Keys.read(made.folder, PASSPHRASE).code_key
+    try:
+        done = kit_py("start", server)
+        assert done.returncode == 0, done.stderr
+        wait_for(lambda: said(server, "Server started"))
+        yield SimpleNamespace(
+            server=server, hospital=hospital, kit_py=kit_py, folder=folder, python=python, key=code_key
+        )
+    finally:
+        left = [number for kit in (hospital, server) for number in stop(kit, 30) if number]
+    assert not left
+    assert not processes(hospital) + processes(server)
+
+
+def said(kit, words):
+    path = kit / "log.txt"
+    return path.exists() and words in path.read_text()
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.2)
+
+
+def test_a_hospital_runs_in_the_foreground_as_systemd_runs_it_and_sigterm_says_good_bye(running):
+    kit, server = running.hospital, running.server
+    service = subprocess.Popen(
+        [running.python, "-I", SCRIPT, "start", kit, "--pins", running.folder / "hospital-a.json", "--foreground"],
+        env={"PATH": os.environ["PATH"], "HOME": str(running.folder)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: said(kit, f"fedimaging {fedimaging.__version__} ({package_hash()})"))
+        assert said(server, "New client hospital-a")
+        status = running.kit_py("status", kit)
+        assert status.returncode == 0, status.stdout + status.stderr
+        assert f"fedimaging {fedimaging.__version__}, {package_hash()}" in status.stdout
+        assert "Successfully registered client:hospital-a" in status.stdout
+        again = running.kit_py("start", kit)
+        assert (again.returncode, "runs already" in again.stderr) == (2, True)
+    finally:
+        service.send_signal(signal.SIGTERM)
+        heard = service.communicate(timeout=PATIENCE)[0].decode()
+    assert service.returncode == 0, heard
+    wait_for(lambda: said(server, "hospital-a left"))
+    assert processes(kit) == []
+    assert verify(kit, Pins.read(running.folder / "hospital-a.json")).findings == []
+    assert not list(kit.rglob("*.pyc"))
+
+
+def test_a_running_site_is_updated_and_rolled_back(running, tmp_path, monkeypatch):
+    kit = running.hospital
+    shutil.copytree(site_package.PACKAGE, tmp_path / "fedimaging", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "fedimaging/__init__.py").write_text('__version__ = "0.1.7"\n')
+    with monkeypatch.context() as patch:
+        patch.setattr(site_package, "PACKAGE", tmp_path / "fedimaging")
+        patch.setattr(fedimaging, "__version__", "0.1.7")
+        write_package(tmp_path / "new.package", running.code_key)
+    assert running.kit_py("start", kit).returncode == 0
+    assert (
+        f"(process {processes(kit)[0]}); stop it first"
+        in running.kit_py("install", kit, tmp_path / "new.package").stderr
+    )
+    stopped = running.kit_py("stop", kit)
+    assert stopped.stdout == "stopped\n"
+    installed = running.kit_py("install", kit, tmp_path / "new.package")
+    assert installed.returncode == 0, installed.stderr
+    (kit / "log.txt").unlink()
+    assert running.kit_py("start", kit).returncode == 0
+    digest = json.loads((kit / "package_manifest.json").read_text())["sha256"]
+    wait_for(lambda: said(kit, f"fedimaging 0.1.7 ({digest})"))
+    assert "0.1.7" in running.kit_py("logs", kit).stdout
+    running.kit_py("stop", kit)
+    assert running.kit_py("rollback", kit).returncode == 0
+    assert f"fedimaging {fedimaging.__version__}" in running.kit_py("verify", kit).stdout
+    assert "does not run" in running.kit_py("stop", kit).stdout
+    assert running.kit_py("status", kit).returncode == 1
