@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,22 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from nvflare.lighter.constants import ParticipantType, PropKey, ProvFileName
 from nvflare.lighter.ctx import ProvisionContext
 from nvflare.lighter.entity import Participant, Project
 from nvflare.lighter.impl.cert import CertBuilder
 from nvflare.lighter.spec import Builder
-from nvflare.lighter.utils import Identity, generate_cert
+from nvflare.lighter.utils import Identity, generate_cert, serialize_cert
 
 from fedimaging.datasets.site import SITE_FILE
 from fedimaging.errors import FedImagingError
 from fedimaging.federation import policy
 from fedimaging.federation.protocol import START_MODELS_FILE
+from fedimaging.federation.revocation import REVOCATION_LIST, ROOT_CERTIFICATE
 from fedimaging.governance.grants import GRANTS_FILE
 from provisioning import package
-from provisioning.keys import CLOCK_SKEW, new_rsa_key
+from provisioning.keys import CLOCK_SKEW, new_rsa_key, revocation_list
 from provisioning.kit import (
     CODE_KEY,
     FORMAT,
@@ -51,17 +52,35 @@ _SITE_OWNED = (
     GRANTS_FILE,
     START_MODELS_FILE,
     "privacy.json",
+    REVOCATION_LIST,
 )
+_REQUIRED = {"local/privacy.json", f"local/{REVOCATION_LIST}"}
+_PARENT_RESOURCES = "fedimaging__p_resources.json"
 _DELIVERED_STORAGE = "/var/lib/fedimaging"
 
 
 class FederationProject(Project):
-    """FLARE's project with what a build of ours brings: keys in memory, and who has a kit already."""
+    """FLARE's project with what a build of ours brings: keys in memory, who has a kit already, and whose key it is.
 
-    def __init__(self, *, existing: Iterable[str], code_key: ec.EllipticCurvePrivateKey, **named: Any) -> None:
+    Args:
+        existing: who has a kit.
+        code_key: signs the kits.
+        requested: public keys of participants who keep their private key to themselves.
+        **named: of FLARE's project.
+    """
+
+    def __init__(
+        self,
+        *,
+        existing: Iterable[str],
+        code_key: ec.EllipticCurvePrivateKey,
+        requested: Mapping[str, rsa.RSAPublicKey],
+        **named: Any,
+    ) -> None:
         super().__init__(**named)
         self.existing = frozenset(existing)
         self.code_key = code_key
+        self.requested = requested
 
 
 def _to_build(project: Project) -> list[Participant]:
@@ -88,44 +107,65 @@ class CertificateBuilder(CertBuilder):
     def initialize(self, project: Project, ctx: ProvisionContext) -> None:
         self._in_memory = project.root_private_key is not None
         self._built = {participant.name for participant in _to_build(project)}
+        self._requested: Mapping[str, rsa.RSAPublicKey] = getattr(project, "requested", {})
         super().initialize(project, ctx)
 
     def _build_write_cert_pair(self, participant: Participant, base_name: str, ctx: ProvisionContext) -> None:
-        if participant.name in self._built:
+        if participant.name not in self._built:
+            return
+        startup = Path(ctx.get_kit_dir(participant))
+        if participant.name in self._requested:
+            certificate = self.certificate(participant, self._requested[participant.name])
+            (startup / f"{base_name}.crt").write_bytes(serialize_cert(certificate))
+            (startup / ROOT_CERTIFICATE).write_bytes(self.serialized_cert)
+        else:
             super()._build_write_cert_pair(participant, base_name, ctx)
+        if participant.type == ParticipantType.SERVER:
+            nobody = revocation_list(self.pri_key, self.root_cert, 0, ())
+            (Path(ctx.get_local_dir(participant)) / REVOCATION_LIST).write_bytes(nobody)
 
     def get_pri_key_cert(self, participant: Participant) -> tuple[rsa.RSAPrivateKey, x509.Certificate]:
         key = new_rsa_key()
         return key, self.certificate(participant, key.public_key())
 
     def certificate(self, participant: Participant, key: rsa.RSAPublicKey) -> x509.Certificate:
-        """Signs a participant's public key."""
-        server = participant.type == ParticipantType.SERVER
-        usages = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if server else [])]
-        now = datetime.now(UTC)
-        if self.root_cert.not_valid_after_utc <= now:
-            raise FedImagingError(f"the root certificate expired on {self.root_cert.not_valid_after_utc:%Y-%m-%d}")
-        return generate_cert(
-            subject=Identity(participant.subject, participant.org, participant.get_prop(PropKey.ROLE)),
-            issuer=Identity(self.issuer),
-            signing_pri_key=self.pri_key,
-            subject_pub_key=key,
-            server_default_host=participant.get_default_host() if server else None,
-            server_additional_hosts=participant.get_prop(PropKey.HOST_NAMES) if server else None,
-            not_valid_before=now - CLOCK_SKEW,
-            not_valid_after=min(now + timedelta(days=self.valid_days), self.root_cert.not_valid_after_utc),
-            extra_extensions=[
-                (x509.BasicConstraints(ca=False, path_length=None), True),
-                (_key_usage(encipherment=participant.type != ParticipantType.ADMIN), True),
-                (x509.ExtendedKeyUsage(usages), False),
-            ],
-        )
+        return sign_certificate(participant, key, self.root_cert, self.pri_key, self.valid_days)
 
     def finalize(self, project: Project, ctx: ProvisionContext) -> None:
         if not self._in_memory:
             state = Path(ctx.get_state_dir()) / "cert.json"
             state.touch(mode=0o600)
             super().finalize(project, ctx)
+
+
+def sign_certificate(
+    participant: Participant,
+    key: rsa.RSAPublicKey,
+    root: x509.Certificate,
+    root_key: rsa.RSAPrivateKey,
+    valid_days: int,
+) -> x509.Certificate:
+    """A participant's certificate for ``key``, valid for ``valid_days`` days but no longer than the root's."""
+    server = participant.type == ParticipantType.SERVER
+    usages = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if server else [])]
+    now = datetime.now(UTC)
+    if root.not_valid_after_utc <= now:
+        raise FedImagingError(f"the root certificate expired on {root.not_valid_after_utc:%Y-%m-%d}")
+    return generate_cert(
+        subject=Identity(participant.subject, participant.org, participant.get_prop(PropKey.ROLE)),
+        issuer=Identity(root.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value),
+        signing_pri_key=root_key,
+        subject_pub_key=key,
+        server_default_host=participant.get_default_host() if server else None,
+        server_additional_hosts=participant.get_prop(PropKey.HOST_NAMES) if server else None,
+        not_valid_before=now - CLOCK_SKEW,
+        not_valid_after=min(now + timedelta(days=valid_days), root.not_valid_after_utc),
+        extra_extensions=[
+            (x509.BasicConstraints(ca=False, path_length=None), True),
+            (_key_usage(encipherment=participant.type != ParticipantType.ADMIN), True),
+            (x509.ExtendedKeyUsage(usages), False),
+        ],
+    )
 
 
 def _key_usage(encipherment: bool) -> x509.KeyUsage:
@@ -161,6 +201,8 @@ class SiteBuilder(Builder):
             policy.write_json(kit / "local" / "privacy.json", policy.privacy())
             for name in (SITE_FILE, GRANTS_FILE):
                 shutil.copyfile(package.TEMPLATES / name, kit / "local" / name)
+        else:
+            policy.write_json(kit / "startup" / _PARENT_RESOURCES, policy.server_parent_resources())
 
 
 def settings(participant: Participant) -> dict[str, Any] | None:
@@ -210,11 +252,11 @@ def sign_kit(kit: Path, participant: Participant, federation: str, code_key: ec.
         "code": code_fingerprint(code_key.public_key()),
         "key": key,
         "certificate": certificate,
-        "files": {name: hash_file(kit / name) for name in sorted(names - site - {key})},
+        "files": {name: hash_file(kit / name) for name in sorted(names - site - {key, certificate})},
         "site_files": {
             name: {
                 "sha256": hash_file(kit / name) if name in names else None,
-                "required": name == "local/privacy.json" and name in names,
+                "required": name in _REQUIRED and name in names,
             }
             for name in sorted(site)
         },

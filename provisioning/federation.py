@@ -10,12 +10,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
 from nvflare.lighter.constants import CtxKey
 from nvflare.lighter.entity import participant_from_dict
 from nvflare.lighter.prov_utils import prepare_builders
@@ -25,8 +26,9 @@ from nvflare.lighter.utils import serialize_cert
 from fedimaging.errors import FedImagingError
 from provisioning.builders import CertificateBuilder, FederationProject
 from provisioning.keys import SEALED, Keys
-from provisioning.kit import MANIFEST, PACKAGE_MANIFEST, write_private
+from provisioning.kit import MANIFEST, PACKAGE_MANIFEST, code_fingerprint, write_private
 from provisioning.project import LASTING, ProjectFile, check
+from provisioning.requests import read_requests
 
 RECORD = "federation.json"
 KITS = "kits"
@@ -47,7 +49,9 @@ class Federation:
     - ``federation.json``: participants with certificate dates, package hashes and when their kits were handed over;
     - ``keys.sealed``: the private keys of the root and of the code signer, encrypted;
     - ``kits/<participant>/``: the kits; a private key stays there only until the kit is handed over;
-    - ``handover/<participant>/``: the encrypted archives.
+    - ``handover/<participant>/``: the encrypted archives;
+    - ``renewed/<participant>.crt``: renewed certificates, to be sent;
+    - ``revoked.crl``: the revocation list, to be copied to the server.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,6 +62,12 @@ class Federation:
     def participants(self) -> Participants:
         participants: Participants = self.record["participants"]
         return participants
+
+    @property
+    def revoked(self) -> dict[str, dict[str, Any]]:
+        """Revoked certificates by serial number (hex): whose, since when, and whether the participant was removed."""
+        revoked: dict[str, dict[str, Any]] = self.record.setdefault("revoked", {})
+        return revoked
 
     def _read(self) -> dict[str, Any]:
         path = self.folder / RECORD
@@ -71,10 +81,14 @@ class Federation:
         return record
 
     def participant(self, name: str) -> dict[str, Any]:
+        """A participant's entry in the record. Raises FedImagingError if there is none, or if it was removed."""
         if name not in self.participants:
             known = ", ".join(self.participants) or "nobody; run `python -m provisioning build` first"
             raise FedImagingError(f"no kit of {name!r} was built; known: {known}")
-        return self.participants[name]
+        entry = self.participants[name]
+        if "removed" in entry:
+            raise FedImagingError(f"{name} was removed on {entry['removed'][:10]}; a removed name does not come back")
+        return entry
 
     def kit(self, name: str) -> Path:
         return self.folder / KITS / name
@@ -99,13 +113,22 @@ class Federation:
             os.umask(umask)
 
 
-def build(file: ProjectFile, federation: Federation, passphrase: Callable[[], str]) -> list[str]:
+def build(
+    file: ProjectFile, federation: Federation, passphrase: Callable[[], str], requests: Iterable[Path] = ()
+) -> list[str]:
     """Builds and signs the kits of all participants that have none yet. Returns their names.
 
     The root and all kits that are there stay as they are, byte for byte.
 
+    Args:
+        file: the project.
+        federation: where the kits go.
+        passphrase: of the federation's keys, asked for if there is something to build.
+        requests: certificate requests of participants whose private key stays with them, or folders of such.
+
     Raises:
-        FedImagingError: if the project file is wrong, with its first problem, or FLARE's provisioning fails.
+        FedImagingError: if the project file or a request is wrong, with its first problem, or FLARE's provisioning
+            fails.
         KitError: for a wrong passphrase.
     """
     with federation.locked():
@@ -113,7 +136,8 @@ def build(file: ProjectFile, federation: Federation, passphrase: Callable[[], st
         if problems:
             more = f" (and {len(problems) - 1} more; see `check`)" if len(problems) > 1 else ""
             raise FedImagingError(f"{file.path}:{problems[0].line}: {problems[0].text}{more}")
-        new = [entry["name"] for entry in file.participants() if entry["name"] not in federation.participants]
+        new = {entry["name"]: entry for entry in file.participants() if entry["name"] not in federation.participants}
+        requested = read_requests(requests, new)
         if not new:
             return []
         if occupied := [name for name in new if federation.kit(name).exists()]:
@@ -122,12 +146,14 @@ def build(file: ProjectFile, federation: Federation, passphrase: Callable[[], st
             )
         keys = _keys(file, federation, passphrase())
         with tempfile.TemporaryDirectory(dir=federation.folder, prefix=".building-") as work:
-            kits = _provision(file, federation, keys, Path(work))
+            kits = _provision(file, federation, keys, requested, Path(work))
             (federation.folder / KITS).mkdir(exist_ok=True)
-            for entry in file.participants():
-                if entry["name"] in new:
-                    _take(federation, entry, kits / entry["name"])
-        return new
+            for name, entry in new.items():
+                _take(federation, entry, kits / name)
+                if name in requested:
+                    federation.participants[name]["own_key"] = code_fingerprint(requested[name])
+                    federation.save()
+        return list(new)
 
 
 def _keys(file: ProjectFile, federation: Federation, passphrase: str) -> Keys:
@@ -139,18 +165,25 @@ def _keys(file: ProjectFile, federation: Federation, passphrase: str) -> Keys:
     elif federation.participants:
         raise FedImagingError(f"{federation.folder}: {SEALED} is missing; restore it from a backup")
     else:
-        keys = Keys.make(name, _certificate_builder(file).root_valid_days)
+        keys = Keys.make(name, certificate_builder(file).root_valid_days)
         keys.write(federation.folder, passphrase)
-    federation.record |= {"federation": name, "root": keys.root_fingerprint, "code": keys.code_fingerprint}
+    federation.record |= {
+        "federation": name,
+        "root": keys.root_fingerprint,
+        "root_valid_until": keys.root.not_valid_after_utc.isoformat(),
+        "code": keys.code_fingerprint,
+    }
     return keys
 
 
-def _certificate_builder(file: ProjectFile) -> CertificateBuilder:
+def certificate_builder(file: ProjectFile) -> CertificateBuilder:
     builders = prepare_builders(copy.deepcopy(file.content))
     return next(builder for builder in builders if isinstance(builder, CertificateBuilder))
 
 
-def _provision(file: ProjectFile, federation: Federation, keys: Keys, work: Path) -> Path:
+def _provision(
+    file: ProjectFile, federation: Federation, keys: Keys, requested: Mapping[str, rsa.RSAPublicKey], work: Path
+) -> Path:
     """FLARE's provisioning in a folder of its own. Returns the folder with one kit for each participant."""
     content = copy.deepcopy(file.content)
     project = FederationProject(
@@ -161,6 +194,7 @@ def _provision(file: ProjectFile, federation: Federation, keys: Keys, work: Path
         root_private_key=keys.root_key,
         existing=federation.participants,
         code_key=keys.code_key,
+        requested=requested,
     )
     for entry in content["participants"]:
         project.add_participant(participant_from_dict(entry))
@@ -194,7 +228,7 @@ def _take(federation: Federation, entry: dict[str, Any], made: Path) -> None:
     federation.participants[name] = {
         **{key: entry[key] for key in LASTING if key in entry},
         **kit_facts(federation.kit(name)),
-        "built": datetime.now(UTC).isoformat(timespec="seconds"),
+        "built": now(),
     }
     federation.save()
 
@@ -206,10 +240,21 @@ def kit_facts(kit: Path) -> dict[str, Any]:
     certificate = x509.load_pem_x509_certificate((kit / manifest["certificate"]).read_bytes())
     return {
         "package": package and {key: package[key] for key in ("name", "version", "sha256")},
+        **certificate_facts(certificate),
+    }
+
+
+def certificate_facts(certificate: x509.Certificate) -> dict[str, str]:
+    return {
         "serial": f"{certificate.serial_number:x}",
         "valid_from": certificate.not_valid_before_utc.isoformat(),
         "valid_until": certificate.not_valid_after_utc.isoformat(),
     }
+
+
+def now() -> str:
+    """UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def remove_private_key(federation: Federation, name: str) -> None:

@@ -80,6 +80,7 @@ def sheet(manifest: dict[str, object], entry: dict[str, Any], archive: Path, ope
     """The page that goes with the archive: what is read out over the phone, and the commands."""
     name, package = manifest["participant"], entry["package"]
     code = f"fedimaging {package['version']}\n  {spoken(package['sha256'])}" if package else "none"
+    key = f" --key {name}.key" if entry.get("own_key") else ""
     return f"""Startup kit of {name}
 {"=" * (15 + len(str(name)))}
 
@@ -106,7 +107,7 @@ The passphrase of the archive comes by yet another way than the archive: by phon
 Open and verify. This needs Python 3.11 or newer with the package `cryptography`. `sha256sum kit.py` must say what is
 above; kit.py is also in the project's public repository, in provisioning/.
 
-  python kit.py open {archive.name} --to /srv/fedimaging
+  python kit.py open {archive.name} --to /srv/fedimaging{key}
   python kit.py verify /srv/fedimaging/{name} --name {name} \\
       --root 'ROOT FINGERPRINT FROM THE PHONE' \\
       --code 'CODE FINGERPRINT FROM THE PHONE' \\

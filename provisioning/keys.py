@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import getpass
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from nvflare.lighter.utils import Identity, generate_cert
 
 from fedimaging.errors import FedImagingError
+from fedimaging.federation.revocation import removed, superseded
 from provisioning.kit import code_fingerprint, read_passphrase, root_fingerprint, seal, unseal, write_private
 
 SEALED = "keys.sealed"
@@ -74,6 +75,9 @@ class Keys:
         plain = b"\n\n".join(part.strip() for part in parts)
         write_private(folder / SEALED, seal(plain, passphrase, _KIND))
 
+    def revocation_list(self, number: int, entries: Iterable[Revoked]) -> bytes:
+        return revocation_list(self.root_key, self.root, number, entries)
+
     @property
     def root_fingerprint(self) -> str:
         return root_fingerprint(self.root)
@@ -81,6 +85,41 @@ class Keys:
     @property
     def code_fingerprint(self) -> str:
         return code_fingerprint(self.code_key.public_key())
+
+
+@dataclass(frozen=True)
+class Revoked:
+    """An entry of the revocation list: whose certificate, since when, and whether the participant itself is gone."""
+
+    serial: str
+    name: str
+    since: str
+    removed: bool
+
+
+def revocation_list(
+    root_key: rsa.RSAPrivateKey, root: x509.Certificate, number: int, entries: Iterable[Revoked]
+) -> bytes:
+    """A CRL (RFC 5280) in PEM. It holds until the next one comes, so its next update is the root's end."""
+    now = datetime.now(UTC)
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(root.subject)
+        .last_update(now)
+        .next_update(root.not_valid_after_utc)
+        .add_extension(x509.CRLNumber(number), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(root_key.public_key()), critical=False)
+    )
+    for entry in entries:
+        revoked = (
+            x509.RevokedCertificateBuilder()
+            .serial_number(int(entry.serial, 16))
+            .revocation_date(datetime.fromisoformat(entry.since))
+        )
+        for extension in removed(entry.name) if entry.removed else superseded(entry.name):
+            revoked = revoked.add_extension(extension, critical=False)
+        builder = builder.add_revoked_certificate(revoked.build())
+    return builder.sign(root_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 def new_rsa_key() -> rsa.RSAPrivateKey:

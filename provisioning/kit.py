@@ -4,9 +4,11 @@
 It trusts nothing in the kit. What it trusts are the two fingerprints that the project admin read out over the phone,
 and the name of the participant. Nothing of the kit is run or imported before everything is verified.
 
-    python kit.py open hospital-a.kit --to /srv/fedimaging
+    python kit.py request hospital-a --org hospital_a
+    python kit.py open hospital-a.kit --to /srv/fedimaging --key hospital-a.key
     python kit.py verify /srv/fedimaging/hospital-a --name hospital-a --root '3f2a ...' --code '91bc ...' --pin p.json
     python kit.py start /srv/fedimaging/hospital-a --pins p.json
+    python kit.py install-certificate /srv/fedimaging/hospital-a hospital-a.crt --pins p.json
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.x509.oid import NameOID
@@ -58,6 +60,8 @@ ARCHIVE = "fedimaging-kit-1"
 PASSPHRASE_VARIABLE = "KIT_PASSPHRASE"  # noqa: S105 (the name of a variable)
 FORMAT = 1
 
+_RSA_BITS = 3072
+_ROLES = ("client", "server", "project_admin", "org_admin", "lead", "member")
 _SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 2**17, 8, 1
 _MAX_SCRYPT_N = 2**20
 _HEADER_BYTES = 4096
@@ -235,7 +239,7 @@ def _check_files(kit: Path, manifest: Mapping[str, Any], report: Report) -> None
     if report.package:
         signed[RESOURCES] = hash_bytes(resources_file(report.package, manifest))
     site: dict[str, dict[str, Any]] = manifest["site_files"]
-    known = {*signed, *site, manifest["key"], MANIFEST, SIGNATURE, CODE_KEY}
+    known = {*signed, *site, manifest["key"], manifest["certificate"], MANIFEST, SIGNATURE, CODE_KEY}
     if report.package:
         known |= {PACKAGE_MANIFEST, PACKAGE_SIGNATURE, PREVIOUS}
     seen = set()
@@ -304,28 +308,34 @@ def _check_certificates(
     if root is not None:
         if root_fingerprint(root) != pins.root:
             report.add("root", ROOT, "another root than the pinned one")
-        _check_dates(root, ROOT, now, report)
+        report.findings += _check_dates(root, ROOT, now)
     if own is None:
         return
     report.days_left = (own.not_valid_after_utc - now).days
-    _check_dates(own, name, now, report)
+    report.findings += _check_own(own, name, root, pins, now)
+    _check_key(kit, _key_name(name), own, report)
+
+
+def _check_own(
+    own: x509.Certificate, name: str, root: x509.Certificate | None, pins: Pins, now: datetime
+) -> Iterator[Finding]:
+    yield from _check_dates(own, name, now)
     common_name = own.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     if not common_name or common_name[0].value != pins.participant:
         whose = common_name[0].value if common_name else "nobody"
-        report.add("name", name, f"the certificate is {whose!r}'s, not {pins.participant!r}'s")
+        yield Finding("name", name, f"the certificate is {whose!r}'s, not {pins.participant!r}'s")
     if root is not None:
         try:
             own.verify_directly_issued_by(root)
         except (ValueError, TypeError, InvalidSignature):
-            report.add("certificate", name, "not issued by the kit's root")
-    _check_key(kit, name.removesuffix(".crt") + ".key", own, report)
+            yield Finding("certificate", name, "not issued by the kit's root")
 
 
-def _check_dates(certificate: x509.Certificate, name: str, now: datetime, report: Report) -> None:
+def _check_dates(certificate: x509.Certificate, name: str, now: datetime) -> Iterator[Finding]:
     if now < certificate.not_valid_before_utc:
-        report.add("certificate", name, f"not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC")
+        yield Finding("certificate", name, f"not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC")
     if now > certificate.not_valid_after_utc:
-        report.add("certificate", name, f"expired on {certificate.not_valid_after_utc:%Y-%m-%d}; ask for a renewal")
+        yield Finding("certificate", name, f"expired on {certificate.not_valid_after_utc:%Y-%m-%d}; ask for a renewal")
 
 
 def _check_key(kit: Path, name: str, certificate: x509.Certificate, report: Report) -> None:
@@ -347,15 +357,22 @@ def _own_certificate(kit: Path) -> str:
     return "startup/server.crt" if (kit / "startup/fed_server.json").is_file() else "startup/client.crt"
 
 
+def _key_name(certificate: str) -> str:
+    return certificate.removesuffix(".crt") + ".key"
+
+
 def _certificate(kit: Path, name: str, report: Report) -> x509.Certificate | None:
     pem = _read(kit, name, report)
     if pem is None:
         return None
     try:
-        return x509.load_pem_x509_certificate(pem)
+        certificate = x509.load_pem_x509_certificate(pem)
     except ValueError:
         report.add("changed", name, "no certificate")
         return None
+    if certificate.public_bytes(serialization.Encoding.PEM) != pem:
+        report.add("changed", name, "more than one certificate")
+    return certificate
 
 
 def _read(kit: Path, name: str, report: Report) -> bytes | None:
@@ -480,6 +497,108 @@ def write_private(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+# -- a private key that stays at the participant, and renewed certificates ---------------------------------------------
+
+
+def make_request(name: str, org: str, role: str, to: Path) -> tuple[Path, Path, str]:
+    """Makes a private key and a request for a certificate, as ``nvflare cert request`` words it: PKCS #10, RSA.
+
+    Args:
+        name: the participant's.
+        org: its organisation.
+        role: client, server, or what a person is.
+        to: the folder for both files.
+
+    Returns:
+        The key's file, which only its owner may read, the request's, and the SHA-256 of the public key.
+    """
+    key_file, request_file = to / f"{name}.key", to / f"{name}.csr"
+    if Path(name).name != name:
+        raise KitError(f"{name!r}: a participant's name holds no /")
+    for path in (key_file, request_file):
+        if path.exists():
+            raise KitError(f"{path}: is there already; a key is not made over another; move it away first")
+    try:
+        subject = x509.Name(
+            [
+                x509.NameAttribute(NameOID.COMMON_NAME, name),
+                x509.NameAttribute(NameOID.ORGANIZATION_NAME, org),
+                x509.NameAttribute(NameOID.UNSTRUCTURED_NAME, role),
+            ]
+        )
+    except ValueError as error:
+        raise KitError(f"no certificate can hold this name or organisation: {error}") from None
+    key = rsa.generate_private_key(public_exponent=65537, key_size=_RSA_BITS)
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    pkcs8, clear = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    to.mkdir(parents=True, exist_ok=True)
+    write_private(key_file, key.private_bytes(serialization.Encoding.PEM, pkcs8, clear))
+    request_file.write_bytes(request.public_bytes(serialization.Encoding.PEM))
+    return key_file, request_file, code_fingerprint(key.public_key())
+
+
+def place_key(kit: Path, key_file: Path) -> None:
+    """Puts a participant's own private key into a kit that came without one."""
+    name = _own_certificate(kit)
+    certificate = _certificate(kit, name, Report())
+    if certificate is None:
+        raise KitError(f"{kit / name}: no certificate")
+    write_private(kit / _key_name(name), _matching_key(key_file, certificate))
+
+
+def install_certificate(kit: Path, certificate_file: Path, pins: Pins, key_file: Path | None = None) -> datetime:
+    """Puts a renewed certificate, and its key if that is new, in place of a kit's. All else stays as it is.
+
+    It must be issued by the pinned root, for the same name, organisation and role, later than the one in place, and
+    for the kit's key or the new one. Returns until when it is valid.
+    """
+    report = Report()
+    root, name = _certificate(kit, ROOT, report), _own_certificate(kit)
+    new = _certificate(certificate_file.parent, certificate_file.name, report)
+    old = _certificate(kit, name, report)
+    if root is None or new is None or old is None:
+        raise _not_renewed(report.findings[0])
+    if root_fingerprint(root) != pins.root:
+        raise KitError(f"not renewed: {kit / ROOT} is another root than the pinned one")
+    report.findings += _check_own(new, certificate_file.name, root, pins, datetime.now(UTC))
+    if report.findings:
+        raise _not_renewed(report.findings[0])
+    if new.subject != old.subject:
+        raise KitError(f"not renewed: {certificate_file} is for another organisation or role")
+    if new.not_valid_before_utc < old.not_valid_before_utc:
+        raise KitError(f"not renewed: {certificate_file} is older than the certificate in place")
+    key = _matching_key(key_file or kit / _key_name(name), new)
+    if key_file is not None:
+        _replace(kit / _key_name(name), key)
+    _replace(kit / name, new.public_bytes(serialization.Encoding.PEM))
+    return new.not_valid_after_utc
+
+
+def _not_renewed(finding: Finding) -> KitError:
+    return KitError(f"not renewed: {finding.where}: {finding.why or finding.kind}")
+
+
+def _matching_key(path: Path, certificate: x509.Certificate) -> bytes:
+    try:
+        pem = path.read_bytes()
+        key = serialization.load_pem_private_key(pem, password=None)
+    except OSError as error:
+        raise KitError(f"{path}: can't read the private key: {error.strerror}") from None
+    except (ValueError, TypeError):
+        raise KitError(f"{path}: no private key in PEM without a passphrase") from None
+    if code_fingerprint(key.public_key()) != code_fingerprint(certificate.public_key()):
+        raise KitError(f"{path}: this private key does not belong to the certificate")
+    return pem
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Replaces a file; who owns and may read it stays the same."""
+    before = path.stat()
+    write_private(path, content)
+    os.chown(path, before.st_uid, before.st_gid)
+    path.chmod(stat.S_IMODE(before.st_mode))
 
 
 # -- another version of the package ------------------------------------------------------------------------------------
@@ -805,11 +924,20 @@ def server_address(kit: Path) -> tuple[str, int]:
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-def add_commands(subparsers: Any) -> None:
-    """Registers the commands of this file."""
+def add_commands(subparsers: Any, status: bool = True) -> None:
+    """Registers the commands of this file; without ``status`` where that means another thing."""
+    parser = _command(
+        subparsers, "request", "make a private key and a request for its kit", "request hospital-a --org hospital_a"
+    )
+    parser.add_argument("name", help="the participant's name that you agreed on")
+    parser.add_argument("--org", required=True, help="its organisation, as in project.yml")
+    parser.add_argument("--role", choices=_ROLES, default="client", help="a hospital is a client, which is the default")
+    parser.add_argument("--to", type=Path, default=Path(), help="folder for both files (default: here)")
+    parser.set_defaults(run=_run_request)
     parser = _command(subparsers, "open", "unpack an encrypted kit", "open hospital-a.kit --to /srv/fedimaging")
     parser.add_argument("archive", type=Path, help="the encrypted archive")
     parser.add_argument("--to", type=Path, default=Path(), help="folder to make <participant>/ in (default: here)")
+    parser.add_argument("--key", type=Path, metavar="FILE", help="your private key, if the kit was built on a request")
     add_passphrase_file(parser, PASSPHRASE_VARIABLE)
     parser.set_defaults(run=_run_open)
     parser = _command(
@@ -835,10 +963,10 @@ def add_commands(subparsers: Any) -> None:
     parser.add_argument("locks", type=Path, nargs="+", help="lock files, of the kit's local/ or the public repository")
     parser.add_argument("--to", type=Path, required=True, help="the folder to fill")
     parser.set_defaults(run=_run_wheelhouse)
-    _add_operations(subparsers)
+    _add_operations(subparsers, status)
 
 
-def _add_operations(subparsers: Any) -> None:
+def _add_operations(subparsers: Any, status: bool) -> None:
     """The commands for a kit that was verified once and is pinned."""
     where, pins = "/srv/fedimaging/hospital-a", "--pins /etc/fedimaging/pins.json"
 
@@ -860,7 +988,8 @@ def _add_operations(subparsers: Any) -> None:
         parser = add(name, says, options, run)
         parser.add_argument("--seconds", type=float, default=60, help="then it is ended by force (default: 60)")
         parser.set_defaults(foreground=False)
-    add("status", "say what a kit holds, whether it runs and reached the server", f"{where} {pins}", _run_status)
+    if status:
+        add("status", "say what a kit holds, whether it runs and reached the server", f"{where} {pins}", _run_status)
     parser = add("logs", "show the end of a kit's log", f"{where} --follow", _run_logs)
     parser.add_argument("--lines", type=int, default=50, help="how many (default: 50)")
     parser.add_argument("--follow", action="store_true", help="wait for more")
@@ -869,6 +998,10 @@ def _add_operations(subparsers: Any) -> None:
     parser = add("install", "install a site package into a stopped kit", f"{where} new.package {pins}", _run_install)
     parser.add_argument("package", type=Path, help="the package that the project admin issued")
     add("rollback", "install the package that was in place before", f"{where} {pins}", _run_rollback)
+    example = f"{where} hospital-a.crt {pins}"
+    parser = add("install-certificate", "put a renewed certificate into a kit", example, _run_install_certificate)
+    parser.add_argument("certificate", type=Path, help="the renewed certificate")
+    parser.add_argument("--key", type=Path, metavar="FILE", help="the new private key, if you made another request")
     example = f"{where} {pins} --user fedimaging --data /srv/xray"
     parser = add("unit", "print a systemd unit that runs a kit", example, _run_unit)
     parser.add_argument("--user", required=True, help="the ordinary user that runs the kit")
@@ -909,9 +1042,27 @@ def read_passphrase(file: Path | None, variable: str, prompt: str) -> str:
     return getpass.getpass(prompt)
 
 
+def _run_request(arguments: argparse.Namespace) -> None:
+    key, request, digits = make_request(arguments.name, arguments.org, arguments.role, arguments.to)
+    print(f"{request}: send this to the project admin, and read this fingerprint of its key out over the phone:")
+    print(f"  {spoken(digits)}")
+    print(f"{key}: your private key; it goes nowhere; `open --key` puts it into the kit")
+
+
+def _run_install_certificate(arguments: argparse.Namespace) -> None:
+    until = install_certificate(arguments.kit, arguments.certificate, Pins.read(arguments.pins), arguments.key)
+    print(f"renewed: valid until {until:%Y-%m-%d}; restart to use it")
+
+
 def _run_open(arguments: argparse.Namespace) -> None:
     passphrase = read_passphrase(arguments.passphrase_file, PASSPHRASE_VARIABLE, "passphrase of the kit: ")
     folder = open_archive(arguments.archive, passphrase.strip(), arguments.to)
+    if arguments.key:
+        try:
+            place_key(folder, arguments.key)
+        except KitError:
+            shutil.rmtree(folder)
+            raise
     print(f"unpacked into {folder}; nothing of it is verified yet")
 
 

@@ -312,9 +312,15 @@ def _check_against_last(file: ProjectFile, built: Mapping[str, Mapping[str, Any]
             ]
             line = file.line("participants", here[new[0]][0], "name") if len(new) == 1 else file.line("participants")
             hint = f"; was it renamed to {new[0]}?" if len(new) == 1 else ""
-            yield Problem(line, f"{name} is gone since the last build, and its certificate is still valid{hint}")
+            if "removed" not in before:
+                text = f"{name} is gone since the last build, and its certificate is still valid{hint}"
+                yield Problem(line, f"{text}; `python -m provisioning remove {name}` ends that")
             continue
         index, entry = here[name]
+        if "removed" in before:
+            text = f"{name} was removed on {before['removed'][:10]} and cannot come back; delete it, or use a new name"
+            yield Problem(file.line("participants", index, "name"), text)
+            continue
         for key in LASTING:
             if entry.get(key) != before.get(key):
                 text = (

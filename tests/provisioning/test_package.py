@@ -238,7 +238,7 @@ def test_the_commands(handed_over, kit, tmp_path, capsys, monkeypatch):
     assert main(["install", str(kit), str(out), "--pins", str(pinned)]) == 0
     assert "installed: fedimaging 0.1.1" in capsys.readouterr().out
     assert main(["rollback", str(kit), "--pins", str(pinned)]) == 0
-    assert main(["status", str(kit), "--pins", str(pinned)]) == 1
+    assert kit_file.main(["status", str(kit), "--pins", str(pinned)]) == 1
     said = capsys.readouterr().out
     assert "runs         no" in said
     assert f"fedimaging {sys.modules['fedimaging.version'].__version__}, " in said

@@ -240,9 +240,23 @@ def test_another_hospital_s_kit_is_refused_by_name(handed_over):
 def test_another_hospital_s_certificate_or_key_in_the_kit_is_refused(kit, findings, handed_over):
     for name in ("client.crt", "client.key"):
         shutil.copy(handed_over.kits / "hospital-b/startup" / name, kit / "startup" / name)
-    assert findings() == {("changed", "startup/client.crt"), ("name", "startup/client.crt")}
+    assert findings() == {("name", "startup/client.crt")}
     shutil.copy(handed_over.kits / "hospital-a/startup/client.crt", kit / "startup/client.crt")
     assert findings() == {("changed", "startup/client.key")}
+
+
+@pytest.mark.parametrize("position", [40, 400, 1000, -40])
+def test_one_byte_changed_in_the_certificate_is_refused(kit, findings, position):
+    path = kit / "startup/client.crt"
+    raw = bytearray(path.read_bytes())
+    raw[position] = ord("A") if raw[position] != ord("A") else ord("B")
+    path.write_bytes(raw)
+    assert {("changed", "startup/client.crt"), ("certificate", "startup/client.crt")} & findings()
+
+
+def test_something_added_to_the_certificate_s_file_is_refused(kit, findings):
+    append(kit / "startup/client.crt", "# \n")
+    assert findings() == {("changed", "startup/client.crt")}
 
 
 def test_an_expired_and_a_not_yet_valid_certificate_are_refused(findings):

@@ -73,6 +73,12 @@ def server_resources(storage: str) -> dict[str, Any]:
     }
 
 
+def server_parent_resources() -> dict[str, Any]:
+    """What only the server's long-lived process loads, besides ``resources.json``: the check of the revocation list."""
+    check = {"id": "revocation_check", "path": "fedimaging.federation.revocation.RevocationCheck", "args": {}}
+    return {"format_version": 2, "components": [check]}
+
+
 def authorization() -> dict[str, Any]:
     """Who may do what at a site or the server. What is not named here is denied.
 
