@@ -34,7 +34,7 @@ def _plain(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fedimaging import report, simulator
+    from fedimaging import compare, report, simulator
     from fedimaging.datasets import index, synthetic
     from fedimaging.governance import command as governance
 
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     simulator.add_commands(commands)
     report.add_commands(commands)
     governance.add_commands(commands)
+    compare.add_commands(commands)
     return parser
 
 

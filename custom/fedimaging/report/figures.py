@@ -101,6 +101,19 @@ def validation_chart(curves: Mapping[int, Curve], mean: Curve, picked: float | N
         return _svg(figure, "validation", label)
 
 
+def learning_chart(curves: Mapping[int, Curve], metric: str, label: str) -> Markup:
+    """The key metric on validation by rounds trained, one line for each model."""
+    with rc_context(_STYLE):
+        figure, axes = _axes(6.4, 3.2)
+        for index, curve in curves.items():
+            _line(axes, index, curve)
+        axes.set_xlabel("rounds trained")
+        axes.set_ylabel(metric)
+        _unit_limits(axes, [y for curve in curves.values() for _, y in curve if y is not None])
+        _whole_rounds(axes, curves.values(), first=0)
+        return _svg(figure, "learning", label)
+
+
 def roc_chart(curves: dict[int, dict[str, Any]], name: str, label: str) -> Markup:
     """Binned ROC curves of one class, a line per hospital; a marker at the operating point `point`, (fpr, tpr)."""
     with rc_context(_STYLE):

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from fedimaging.errors import FedImagingError
@@ -40,10 +40,10 @@ _ORDER = (
 )
 
 
-def render(report: dict[str, Any], workspace: Path) -> str:
-    """The page of a collected report; `workspace` is where the example images of synthetic hospitals are looked for."""
+def page_environment(*packages: str) -> Environment:
+    """Templates of these packages, then of this one, with the filters that all pages use; everything is escaped."""
     environment = Environment(
-        loader=PackageLoader("fedimaging.report", "."),
+        loader=ChoiceLoader([PackageLoader(package, ".") for package in (*packages, "fedimaging.report")]),
         autoescape=select_autoescape(default=True, default_for_string=True),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -57,33 +57,42 @@ def render(report: dict[str, Any], workspace: Path) -> str:
         "pretty": _pretty,
         "flat": _flat,
     }
+    return environment
+
+
+def render(report: dict[str, Any], workspace: Path) -> str:
+    """The page of a collected report; `workspace` is where the example images of synthetic hospitals are looked for."""
     index = {site: i for i, site in enumerate(report["sites"])}
     headline = report["headline"]
     evaluations = report["cross_site"].get(headline["model"], {})
     columns, intervals = _columns(evaluations)
-    return environment.get_template("template.html").render(
-        report=report,
-        index=index,
-        splits=SPLITS,
-        markers=_marker_shapes(),
-        explanation=EXPLANATIONS.get(report["key_metric"]["name"]),
-        evaluations=evaluations,
-        forest=_forest(report, evaluations),
-        spans=_spans(report["participation"]),
-        charts=_charts(report, index),
-        roc=_roc_charts(evaluations, index),
-        reliability=_reliability_charts(evaluations, index),
-        columns=columns,
-        class_names=_class_names(evaluations),
-        roc_sites=[s for s, e in evaluations.items() if any(cell["roc"] for cell in e["per_class"].values())],
-        intervals=intervals,
-        heat=_heat,
-        examples=example_images(workspace, report["settings"], report["sites"]),
-        contours=CONTOURS,
-        quartiles=_unique(
-            name for e in evaluations.values() for c in e["per_class"].values() for name in c["quartiles"]
-        ),
-        timing=_timing(report),
+    return (
+        page_environment()
+        .get_template("template.html")
+        .render(
+            report=report,
+            index=index,
+            splits=SPLITS,
+            markers=marker_shapes(),
+            explanation=EXPLANATIONS.get(report["key_metric"]["name"]),
+            evaluations=evaluations,
+            forest=_forest(report, evaluations),
+            spans=_spans(report["participation"]),
+            charts=_charts(report, index),
+            roc=_roc_charts(evaluations, index),
+            reliability=_reliability_charts(evaluations, index),
+            columns=columns,
+            class_names=_class_names(evaluations),
+            roc_sites=[s for s, e in evaluations.items() if any(cell["roc"] for cell in e["per_class"].values())],
+            intervals=intervals,
+            heat=_heat,
+            examples=example_images(workspace, report["settings"], report["sites"]),
+            contours=CONTOURS,
+            quartiles=_unique(
+                name for e in evaluations.values() for c in e["per_class"].values() for name in c["quartiles"]
+            ),
+            timing=_timing(report),
+        )
     )
 
 
@@ -154,7 +163,7 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
 
 
-def _marker_shapes() -> list[str]:
+def marker_shapes() -> list[str]:
     """The charts' markers as paths in a box of 10 by 10, for the legends."""
     return [
         "M5 1a4 4 0 1 0 0 8a4 4 0 1 0 0-8z",

@@ -290,7 +290,7 @@ class Classification(Task):
         probabilities = self._probabilities(outcome[None])[0]
         return {
             "label": case.label if isinstance(case.label, str) else list(case.label),
-            "scores": {name: round(float(p), 4) for name, p in zip(self.settings.classes, probabilities, strict=True)},
+            "scores": {name: round(float(p), 6) for name, p in zip(self.settings.classes, probabilities, strict=True)},
         }
 
     def _columns(self) -> list[int]:

@@ -1,0 +1,188 @@
+"""The command `compare`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedimaging.errors import FedImagingError
+
+if TYPE_CHECKING:
+    from fedimaging.compare.runs import Result
+
+console = Console(stderr=True)
+
+_EXAMPLES = """examples:
+  FedAvg and FedBN against pooling and training alone, on synthetic hospitals:
+    python -m fedimaging compare jobs/chest_xray_fedavg jobs/chest_xray_fedbn --data data/demo
+  three seeds, settings changed for all rows:
+    python -m fedimaging compare jobs/chest_xray_fedavg --data data/real --seeds 0,1,2 --set rounds=24 \\
+      --set task.classes=normal,pneumonia --set task.image_size=112
+"""
+
+
+def add_commands(subparsers: Any) -> None:
+    """Registers `compare`."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="is federating as good as pooling, and better than training alone?",
+        description="Trains each hospital's own model, a pooled model and the federated ones that are asked for, with\n"
+        "the same network, optimizer steps, schedule, augmentation and seeds, and judges all of them on every\n"
+        "hospital's test split. Each model is picked on validation cases. Federated rows run the job folders in\n"
+        "FLARE's simulator. A run that is done is a file, so an interrupted comparison goes on where it was.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "jobs", nargs="+", type=Path, help="job folders; the first one's settings are the baselines' too"
+    )
+    parser.add_argument("--data", type=Path, required=True, help="data root with <site>/<dataset>/manifest.json")
+    parser.add_argument("--seeds", default="0", help="comma-separated; every row is trained with each (default: 0)")
+    parser.add_argument("--out", type=Path, help="folder of results and report (default: runs/compare_<dataset>)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
+        help="change a setting of all rows, as `simulate --set` does",
+    )  # fmt: skip
+    parser.add_argument("--no-pooled", action="store_true", help="leave out the pooled model")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    # Imported here: they bring torch and MONAI, and a command's help should not wait for them.
+    from fedimaging.compare.analysis import analyse
+    from fedimaging.compare.page import render
+    from fedimaging.compare.runs import Comparison, Runner
+    from fedimaging.federation.job import parse_changes
+    from fedimaging.report.html import write_files
+
+    comparison = Comparison(
+        arguments.jobs,
+        arguments.data,
+        _seeds(arguments.seeds),
+        parse_changes(arguments.changes),
+        pooled=not arguments.no_pooled,
+    )
+    out = arguments.out or Path("runs") / f"compare_{comparison.settings.dataset}"
+    results = []
+    with _Progress() as progress:
+        runner = Runner(comparison, out / "runs", progress.take)
+        for number, run in enumerate(comparison.runs, start=1):
+            done, federated = runner.is_done(run), run.kind == "federated"
+            progress.start(
+                f"[{number}/{len(comparison.runs)}] {run.title}", run.rounds, shown=not done and not federated
+            )
+            try:
+                results.append(runner.result(run))
+            except FedImagingError as error:
+                raise FedImagingError(f"{run.title}: {error} (results so far stay in {out})", error.reason) from None
+            progress.end(results[-1], done)
+    figures = analyse(comparison, results) | {"command": "python -m fedimaging " + shlex.join(sys.argv[1:])}
+    page, data = write_files(out / "report.html", render(figures), figures, private=False)
+    Console().print(table(figures))
+    console.print(f"report: {page}\nfigures: {data}", highlight=False, soft_wrap=True)
+    return 0
+
+
+class _Progress:
+    """A line for each run, and a bar while it runs in this process; the simulator shows its own."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def start(self, title: str, rounds: int, shown: bool) -> None:
+        self._title = title
+        if not shown:
+            console.print(title, highlight=False, markup=False)
+            return
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        self._bar = Progress(*columns, console=console, transient=True)
+        self._task = self._bar.add_task(title, total=rounds)
+        self._bar.start()
+
+    def take(self, event: dict[str, Any]) -> None:
+        if self._bar is None:
+            return
+        if event["stage"] == "loading":
+            said = f"{self._title}: reading {event['split']} {event['done']}/{event['of']}"
+            self._bar.update(self._task, description=said)
+        elif event["stage"] == "training":
+            said = f"{self._title}: loss {event['loss']:.3f}"
+            self._bar.update(self._task, description=said, completed=event["round"])
+
+    def end(self, result: Result, stored: bool) -> None:
+        shown = self._bar is not None
+        self._stop()
+        metric = "undefined" if result.validation is None else f"{result.validation:.3f}"
+        line = f"validation {metric} after {result.picked} rounds, " + (
+            "done before" if stored else f"{result.seconds:.0f} s"
+        )
+        console.print(f"{self._title}: {line}" if shown else f"    {line}", highlight=False, markup=False)
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def table(figures: dict[str, Any]) -> Table:
+    """The figures for a terminal: by row, each hospital, the macro mean, all cases, time and bytes."""
+    from fedimaging.report.html import duration, size
+
+    shown = Table(
+        "model",
+        *figures["sites"],
+        "macro mean",
+        "all cases",
+        "time",
+        "bytes",
+        title=f"test {figures['metric']['label']}, 95 % interval",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name, row in figures["rows"].items():
+        cells = [_cell(row["sites"][site]) for site in figures["sites"]]
+        star = " *" if name == figures["chosen"] else ""
+        shown.add_row(
+            name + star,
+            *cells,
+            _cell(row["macro"]),
+            _cell(row["all_cases"]),
+            duration(row["seconds"]),
+            size(row["bytes"]),
+        )
+    shown.caption = "* chosen on validation; the report has differences with p-values, subgroups and curves"
+    return shown
+
+
+def _cell(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return "too few cases"
+    low, high = figure["ci"] or (float("nan"), float("nan"))
+    spread = f" ± {figure['sd']:.3f}" if figure["sd"] is not None else ""
+    return f"{figure['value']:.3f}{spread}\n{low:.3f}–{high:.3f}"
+
+
+def _seeds(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+        raise FedImagingError(f"--seeds {text}: write different whole numbers, such as 0,1,2")
+    return [int(part) for part in parts]

@@ -1,0 +1,296 @@
+"""The runs of a comparison: each is a file of results, named by the hash of everything that it depends on."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedimaging import __version__
+from fedimaging.datasets.manifest import SPLITS, Manifest
+from fedimaging.datasets.site import MANIFEST_FILE, Dataset
+from fedimaging.errors import FedImagingError, Reason
+from fedimaging.federation.job import JobFolder
+from fedimaging.federation.protocol import ROUNDS_FILE, SIMULATED_JOB_ID, SITE_REPORT_FILE
+from fedimaging.federation.selection import ModelSelection
+from fedimaging.simulator import find_sites, simulate
+from fedimaging.training.loop import Site, case_results, plan_batches
+from fedimaging.training.rounds import run_rounds
+from fedimaging.training.settings import JobSettings
+from fedimaging.training.strategies import DEFAULT_STRATEGY, State
+
+POOLED = "pooled"
+BUDGET = ("epochs", "batch_size", "max_batches", "schedule")
+"""settings of training that all rows must share"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model, or one federation's model, of one seed.
+
+    Attributes:
+        kind: "local" (one site's cases), "pooled" (all sites' cases in one place) or "federated".
+        row: the site, "pooled", or the job's name.
+        steps: optimizer steps a round, of all sites together.
+    """
+
+    kind: str
+    row: str
+    seed: int
+    rounds: int
+    steps: int
+    settings: dict[str, Any]
+    data: dict[str, str]
+    """digest of each site's manifest"""
+
+    @property
+    def key(self) -> str:
+        text = json.dumps({"version": __version__, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def title(self) -> str:
+        return f"{self.row}{' alone' if self.kind == 'local' else ''}, seed {self.seed}"
+
+
+@dataclass
+class Result:
+    """What a run gave.
+
+    Attributes:
+        curve: the key metric on validation after 0, 1, ... rounds.
+        picked: the rounds after which it was best, and that value.
+        bytes: what crossed the network: models, or for the pooled run the images.
+        cases: by site, one row for each test case as the task gives it.
+    """
+
+    run: Run
+    curve: list[float | None]
+    picked: int | None
+    validation: float | None
+    seconds: float
+    bytes: int
+    cases: dict[str, list[dict[str, Any]]] = field(repr=False)
+
+    def write(self, folder: Path) -> None:
+        part = folder / f"{self.run.key}.part"
+        part.write_text(json.dumps(asdict(self)))
+        part.replace(folder / f"{self.run.key}.json")
+
+    @classmethod
+    def read(cls, folder: Path, run: Run) -> Result | None:
+        """The stored result of a run; None if there is none, or not a whole one."""
+        try:
+            stored = json.loads((folder / f"{run.key}.json").read_text())
+            return cls(**stored | {"run": run})
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+class Comparison:
+    """The runs that a comparison needs, planned from job folders and a data root; nothing is trained yet.
+
+    Args:
+        jobs: job folders that differ in their strategy; the first one's settings are the baselines' too.
+        data: data root.
+        seeds: of initial weights, order and augmentation.
+        changes: settings changed for all runs, as ``simulate --set`` does.
+        pooled: whether the sites' cases may be put together.
+
+    Raises:
+        FedImagingError: the jobs differ in what must be equal, or a site's dataset cannot serve them.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Path], data: Path, seeds: Sequence[int], changes: Mapping[str, Any], pooled: bool = True
+    ) -> None:
+        self.data, self.changes, self.pooled = data, dict(changes), pooled
+        self.jobs = {job.name: job for job in map(JobFolder, jobs)}
+        if len(self.jobs) < len(jobs):
+            raise FedImagingError("compare: two job folders have the same name; give each job once")
+        settings: dict[str, JobSettings] = {}
+        for name, job in self.jobs.items():
+            job.override(self.changes)
+            settings[name] = job.settings()
+        first = next(iter(settings))
+        self.settings = settings[first]
+        self.rounds = self.jobs[first].rounds
+        for name in settings:
+            self._check_equal(first, name, settings)
+        self.datasets = self._find(self.settings)
+        self.steps = sum(self._steps(dataset) for dataset in self.datasets.values())
+        self.runs = [run for seed in seeds for run in self._plan(seed, settings)]
+
+    @property
+    def sites(self) -> list[str]:
+        return list(self.datasets)
+
+    def _check_equal(self, first: str, name: str, settings: Mapping[str, JobSettings]) -> None:
+        one, other = settings[first], settings[name]
+        pairs = {
+            "rounds": (self.rounds, self.jobs[name].rounds),
+            "dataset": (one.dataset, other.dataset),
+            "task": (one.task.settings, other.task.settings),
+            "network": (one.network, other.network),
+            **{f"training.{key}": (getattr(one.training, key), getattr(other.training, key)) for key in BUDGET},
+        }
+        for what, (a, b) in pairs.items():
+            if a != b:
+                raise FedImagingError(
+                    f"compare: {first} and {name} differ in {what}, so that a comparison would not be one of "
+                    f"strategies; make it equal with --set {what}=..."
+                )
+
+    def _find(self, settings: JobSettings) -> dict[str, Dataset]:
+        found = {}
+        for site in find_sites(self.data, settings.dataset):
+            path = self.data / site / settings.dataset / MANIFEST_FILE
+            manifest = Manifest.read(path)
+            manifest.check_files(path.parent, path)
+            settings.task.check(manifest, str(path))
+            found[site] = Dataset(settings.dataset, site, path.parent, path, manifest, "--data")
+        if len(found) < 2:
+            raise FedImagingError(f"{self.data}: one site only, {next(iter(found))}; a comparison needs two or more")
+        return found
+
+    def _steps(self, dataset: Dataset) -> int:
+        training = self.settings.training
+        return len(plan_batches(len(dataset.manifest.training), training)) * training.epochs
+
+    def _plan(self, seed: int, settings: Mapping[str, JobSettings]) -> list[Run]:
+        data = {site: dataset.manifest.digest() for site, dataset in self.datasets.items()}
+        base = self.settings.to_dict()
+        base["training"]["strategy"] = dict(DEFAULT_STRATEGY)
+
+        def run(kind: str, row: str, raw: dict[str, Any]) -> Run:
+            return Run(kind, row, seed, self.rounds, self.steps, copy.deepcopy(raw) | {"seed": seed}, data)
+
+        local = [run("local", site, base) for site in self.datasets]
+        federated = [run("federated", name, job.to_dict()) for name, job in settings.items()]
+        return [*local, *([run("pooled", POOLED, base)] if self.pooled else []), *federated]
+
+
+class Runner:
+    """Runs what is not yet in a folder.
+
+    Args:
+        folder: where results are kept.
+        report: told of progress of a run in this process, as a site tells it.
+    """
+
+    def __init__(
+        self, comparison: Comparison, folder: Path, report: Callable[[dict[str, Any]], None] = lambda event: None
+    ) -> None:
+        self._comparison, self._folder, self._report = comparison, folder, report
+        self._judges: dict[str, Site] = {}
+
+    def is_done(self, run: Run) -> bool:
+        return Result.read(self._folder, run) is not None
+
+    def result(self, run: Run) -> Result:
+        """The result of a run: read if it is there, else made and stored.
+
+        Raises:
+            FedImagingError: the run failed; the message says why.
+        """
+        done = Result.read(self._folder, run)
+        if done is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            done = self._federated(run) if run.kind == "federated" else self._centralised(run)
+            done.write(self._folder)
+        return done
+
+    def _centralised(self, run: Run) -> Result:
+        start = time.monotonic()
+        datasets = self._comparison.datasets
+        dataset = datasets[run.row] if run.kind == "local" else pool(datasets, self._comparison.data)
+        site = Site(JobSettings(run.settings), dataset, report=self._report)
+        selection = ModelSelection(site.task.key_metric)
+        curve: list[float | None] = []
+        best: State = {}
+
+        def judge(weights: State) -> None:
+            nonlocal best
+            value, better = selection.judge(len(curve), {dataset.site: site.validate(weights)})
+            curve.append(value)
+            if better:
+                best = {name: tensor.clone() for name, tensor in weights.items()}
+
+        weights: State = {}
+        for record in run_rounds([site], run.rounds, steps=run.steps):
+            judge(record.arrived)
+            weights = record.weights
+        judge(weights)
+        seconds = time.monotonic() - start
+        cases = {}
+        for name in datasets:
+            site_there = self._judge(name)
+            cases[name] = case_results(site_there, site_there.outcomes(best, "test"), "test")
+        moved = 0 if run.kind == "local" else _image_bytes(site, dataset)
+        return Result(run, curve, selection.best_index, selection.best_value, round(seconds, 1), moved, cases)
+
+    def _judge(self, name: str) -> Site:
+        """A site's test split; one is kept for all runs, so that its images are read once."""
+        if name not in self._judges:
+            self._judges[name] = Site(self._comparison.settings, self._comparison.datasets[name], report=self._report)
+        return self._judges[name]
+
+    def _federated(self, run: Run) -> Result:
+        comparison = self._comparison
+        workspace = self._folder / f"{run.row}-seed{run.seed}"
+        changes = comparison.changes | {"seed": run.seed}
+        outcome = simulate(
+            comparison.jobs[run.row].path, comparison.data, workspace, changes=changes, sites=comparison.sites
+        )
+        if outcome.errors:
+            raise FedImagingError(f"{run.title}: {'; '.join(outcome.errors)}", Reason.INTERNAL)
+        cases = {}
+        for site in comparison.sites:
+            own = json.loads((workspace / site / SIMULATED_JOB_ID / SITE_REPORT_FILE).read_text())
+            cases[site] = own["models"]["SRV_best"]["cases"]
+        lines = (workspace / "server" / SIMULATED_JOB_ID / ROUNDS_FILE).read_text().splitlines()
+        events = [json.loads(line) for line in lines]
+        rounds = [event for event in events if event["event"] == "round"]
+        curve = [event["key_metric"] for event in events if event["event"] in ("round", "final")]
+        end = outcome.end or {}
+        moved = sum(event["bytes_in"] + event["bytes_out"] for event in rounds)
+        shutil.rmtree(workspace)
+        return Result(run, curve, end["best_round"], end["best_key_metric"], outcome.seconds, moved, cases)
+
+
+def pool(datasets: Mapping[str, Dataset], root: Path) -> Dataset:
+    """All sites' cases as one dataset whose paths are relative to the data root."""
+    first = next(iter(datasets.values()))
+
+    def moved(site: str, dataset: Dataset, split: str) -> list[dict[str, Any]]:
+        below = dataset.root.relative_to(root)
+        segmentation = dataset.manifest.task == "segmentation"
+        return [
+            case.model_dump(exclude_none=True)
+            | {"image": str(below / case.image), "patient": f"{site}/{case.patient}"}
+            | ({"label": str(below / str(case.label))} if segmentation else {})
+            for case in dataset.manifest.split(split)
+        ]
+
+    header = first.manifest.model_dump(include={"name", "modality", "task", "classes", "multi_label"})
+    header["classes"] = list(dict.fromkeys(name for dataset in datasets.values() for name in dataset.manifest.classes))
+    splits = {s: [case for site, d in datasets.items() for case in moved(site, d, s)] for s in SPLITS}
+    manifest = Manifest.parse(header | splits, root)
+    return Dataset(first.name, POOLED, root, root, manifest, "--data")
+
+
+def _image_bytes(site: Site, dataset: Dataset) -> int:
+    """Size of the files that training and picking a model read: what pooling would move."""
+    files = [
+        dataset.root / name
+        for split in ("training", "validation")
+        for case in dataset.manifest.split(split)
+        for name in site.task.files(case)
+    ]
+    return sum(f.stat().st_size for path in files for f in (path.iterdir() if path.is_dir() else [path]))

@@ -1,0 +1,238 @@
+"""The comparison: what may be compared, what a run leaves, and one whole command over the simulator."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedimaging.cli import main
+from fedimaging.compare.analysis import ALONE, analyse
+from fedimaging.compare.page import render
+from fedimaging.compare.runs import POOLED, Comparison, Result, Runner, pool
+from fedimaging.datasets.synthetic import synthesize
+from fedimaging.errors import FedImagingError
+from fedimaging.training.loop import Site
+from tests.federation.test_simulator import REPOSITORY
+
+FEDAVG, FEDBN = (REPOSITORY / "jobs" / f"chest_xray_{name}" for name in ("fedavg", "fedbn"))
+SMALL = {
+    "rounds": 2, "task.image_size": 32, "network.name": "ResNet18", "training.max_batches": 2,
+    "training.precision": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hospitals(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    synthesize(root, hospitals=2, cases=(110, 90), longer=64, seed=2)
+    return root
+
+
+@pytest.fixture
+def comparison(hospitals):
+    return Comparison([FEDAVG, FEDBN], hospitals, [0, 1], SMALL)
+
+
+def made_up(comparison, skill, missing=()):
+    """Results as if models had been trained; ``skill`` is how well a run's model tells the classes apart."""
+    results = []
+    for at, run in enumerate(comparison.runs):
+        cases = {}
+        for site, dataset in comparison.datasets.items():
+            cases[site] = []
+            for case in dataset.manifest.test:
+                rng = np.random.default_rng([*case.image.encode(), *site.encode(), at // 5])
+                logits = rng.normal(size=3)
+                classes = comparison.settings.task.settings.classes
+                logits[classes.index(case.label)] += skill(run, site)
+                values = np.exp(logits) / np.exp(logits).sum()
+                if case.image not in missing:
+                    row = {"image": case.image, "patient": case.patient, "label": case.label}
+                    cases[site].append(row | {"scores": dict(zip(classes, map(float, values), strict=True))})
+        validation = 0.9 if run.row == "chest_xray_fedbn" else 0.8
+        results.append(Result(run, [0.5, 0.7, validation], 2, validation, 10.0, 1000, cases))
+    return results
+
+
+def typical(run, site):
+    return {"local": 2.0 if run.row == site else 0.5, "pooled": 2.5, "federated": 2.5}[run.kind]
+
+
+def test_every_row_has_the_same_budget_and_its_own_key(comparison):
+    runs = comparison.runs
+    assert [run.row for run in runs[:5]] == [
+        "hospital-a",
+        "hospital-b",
+        POOLED,
+        "chest_xray_fedavg",
+        "chest_xray_fedbn",
+    ]
+    assert {run.steps for run in runs} == {4}, "two batches of each of two sites"
+    assert len({run.key for run in runs}) == len(runs) == 10
+    again = Comparison([FEDAVG, FEDBN], comparison.data, [0, 1], SMALL)
+    assert [run.key for run in again.runs] == [run.key for run in runs]
+    other = Comparison([FEDAVG, FEDBN], comparison.data, [0, 1], SMALL | {"training.learning_rate": 0.01})
+    assert not {run.key for run in other.runs} & {run.key for run in runs}
+    assert replace(runs[0], data={"hospital-a": "changed"}).key != runs[0].key
+
+
+def test_pooling_keeps_each_case_and_its_split(comparison):
+    pooled = pool(comparison.datasets, comparison.data)
+    for split in ("training", "validation", "test"):
+        assert len(pooled.manifest.split(split)) == sum(
+            len(d.manifest.split(split)) for d in comparison.datasets.values()
+        )
+    assert all((pooled.root / case.image).is_file() for case in pooled.manifest.test)
+
+
+def test_baselines_are_trained_for_the_steps_of_all_sites_and_done_once(comparison, tmp_path, monkeypatch):
+    steps = []
+    train = Site.train
+
+    def counted(self, *arguments, **named):
+        result = train(self, *arguments, **named)
+        steps.append(result.steps)
+        return result
+
+    monkeypatch.setattr(Site, "train", counted)
+    local, pooled = comparison.runs[0], comparison.runs[2]
+    runner = Runner(comparison, tmp_path)
+    results = [runner.result(run) for run in (local, pooled)]
+    assert steps == [4, 4, 4, 4]
+    for result in results:
+        assert len(result.curve) == 3
+        assert {site: len(rows) for site, rows in result.cases.items()} == {
+            site: len(dataset.manifest.test) for site, dataset in comparison.datasets.items()
+        }
+    assert results[0].bytes == 0
+    assert results[1].bytes > 10_000
+    monkeypatch.setattr(Site, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert Runner(comparison, tmp_path).result(local) == results[0]
+    stored = tmp_path / f"{local.key}.json"
+    stored.write_text(stored.read_text()[:100])
+    assert not Runner(comparison, tmp_path).is_done(local), "half a file is no result"
+
+
+def test_the_figures_tell_who_is_better_and_how_surely(comparison):
+    figures = analyse(comparison, made_up(comparison, typical))
+    rows = figures["rows"]
+    assert list(rows) == [ALONE, POOLED, "chest_xray_fedavg", "chest_xray_fedbn"]
+    assert rows[POOLED]["macro"]["value"] > rows[ALONE]["macro"]["value"] > 0.85
+    low, high = rows[POOLED]["macro"]["ci"]
+    assert low < rows[POOLED]["macro"]["value"] < high
+    assert rows[POOLED]["macro"]["sd"] is not None
+    assert figures["others"]["hospital-a"]["hospital-b"]["value"] < 0.75
+    assert figures["chosen"] == "chest_xray_fedbn", "by validation, not by test"
+    against = {(d["row"], d["base"]): d["macro"] for d in figures["differences"]}
+    assert against["chest_xray_fedavg", ALONE]["value"] > 0
+    assert against["chest_xray_fedavg", POOLED] == {"value": 0.0, "ci": [0.0, 0.0], "p": 1.0}
+    assert figures["verdicts"]["chest_xray_fedavg"] == {"share_of_pooled": 1.0, "behind": [], "losers": []}
+    json.dumps(figures, allow_nan=False)
+
+
+def test_subgroups_are_shown_where_they_are_large_enough(comparison):
+    assert analyse(comparison, made_up(comparison, typical))["subgroups"] == []
+    for site, dataset in comparison.datasets.items():
+        more = dataset.manifest.model_copy(update={"test": dataset.manifest.training, "training": []})
+        comparison.datasets[site] = replace(dataset, manifest=more)
+    found = analyse(comparison, made_up(comparison, typical))["subgroups"]
+    assert {group["covariate"] for group in found} <= {"sex", "age_group", "view"}
+    (women,) = (g for g in found if (g["site"], g["covariate"], g["group"]) == ("hospital-a", "sex", "F"))
+    assert women["cases"] == sum(case.sex == "F" for case in comparison.datasets["hospital-a"].manifest.test)
+    assert set(women["rows"]) == {ALONE, POOLED, "chest_xray_fedbn"}
+    low, high = women["rows"][POOLED]["ci"]
+    assert low <= women["rows"][POOLED]["value"] <= high
+
+
+def test_who_loses_is_told(comparison):
+    def poor(run, site):
+        return 0.0 if run.kind == "federated" else typical(run, site)
+
+    figures = analyse(comparison, made_up(comparison, poor))
+    verdict = figures["verdicts"]["chest_xray_fedavg"]
+    assert verdict["losers"] == ["hospital-a", "hospital-b"]
+    assert {"site": "hospital-a", "owner": "hospital-b"} in verdict["behind"]
+    assert verdict["share_of_pooled"] < 0.7
+    worse = next(d for d in figures["differences"] if d["base"] == POOLED)["macro"]
+    assert worse["p"] < 1e-4
+    assert "hospital-b’s at hospital-a" in render(figures | {"command": "x"})
+
+
+def test_cases_that_a_model_could_not_read_are_left_out_for_all(comparison):
+    missing = {comparison.datasets["hospital-a"].manifest.test[0].image}
+    results = made_up(comparison, typical)
+    results[0] = made_up(comparison, typical, missing)[0]
+    count = len(comparison.datasets["hospital-a"].manifest.test)
+    assert analyse(comparison, results)["cases"]["hospital-a"]["judged"] == count - 1
+
+
+def test_the_page_escapes_and_needs_no_network(comparison):
+    figures = analyse(comparison, made_up(comparison, typical)) | {"command": "<script>alert(1)</script>"}
+    page = render(figures)
+    assert "<script" not in page
+    assert "default-src 'none'" in page
+    assert page.count('<svg class="plot"') == 1
+    text = re.sub(r"<[^>]+>", " ", page)
+    for shown in ("chosen on validation", "DeLong", "hospital-a", "each hospital’s own model", "share of the pooled"):
+        assert shown in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--set", "rounds=0"], "workflow.num_rounds"),
+        (["--seeds", "1,1"], "--seeds"),
+        (["--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_before_anything_is_trained(hospitals, tmp_path, capsys, arguments, told):
+    command = ["compare", str(FEDAVG), *(["--data", str(hospitals)] if "--data" not in arguments else []), *arguments]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_job_given_twice_is_refused(hospitals):
+    with pytest.raises(FedImagingError, match="give each job once"):
+        Comparison([FEDAVG, FEDAVG], hospitals, [0], {})
+
+
+def test_jobs_that_differ_in_more_than_their_strategy_are_refused(hospitals, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(FEDBN, other)
+    path = other / "app/config/config_fed_client.json"
+    path.write_text(path.read_text().replace('"batch_size": 16', '"batch_size": 8'))
+    with pytest.raises(FedImagingError, match=r"training\.batch_size"):
+        Comparison([FEDAVG, other], hospitals, [0], {})
+
+
+@pytest.mark.federation
+def test_the_command_ends_in_a_report_and_goes_on_where_it_was(hospitals, tmp_path):
+    command = [
+        sys.executable, "-m", "fedimaging", "compare", FEDBN, "--data", hospitals, "--out", tmp_path / "out",
+        *(part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")),
+    ]  # fmt: skip
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run(
+            list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True, timeout=500, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        outputs.append(done)
+    figures = json.loads((tmp_path / "out/report.json").read_text())
+    assert list(figures["rows"]) == [ALONE, POOLED, "chest_xray_fedbn"]
+    assert len(figures["curves"]["chest_xray_fedbn"]) == 3
+    assert figures["rows"]["chest_xray_fedbn"]["bytes"] > 2 * 2 * 2 * 40e6
+    assert figures["rows"]["chest_xray_fedbn"]["strategy"]["name"] == "fedbn"
+    assert "macro" in outputs[0].stdout
+    assert outputs[1].stderr.count("done before") == 4
+    assert outputs[0].stdout == outputs[1].stdout
+    assert "Does federating pay?" in (tmp_path / "out/report.html").read_text()
+    assert [path.suffix for path in (tmp_path / "out/runs").iterdir() if path.is_dir()] == []
