@@ -294,7 +294,7 @@ class FederatedAveraging(FlareFedAvg):
         meta = self.fl_ctx.get_prop(FLContextKey.JOB_META) or {}
         earlier = take_over(self.continues, workspace, meta, self._run_dir)
         task, network, _ = self.persistor.settings()
-        if self._strategy.local(self.persistor.model).memory:
+        if self._strategy.personal or self._strategy.local(self.persistor.model).memory:
             raise FedImagingError(
                 f"continues: what {self._strategy.name} keeps at the sites is lost with the earlier job"
             )

@@ -96,6 +96,7 @@ class ClassificationEvaluation(Evaluation):
     auroc: Share | None
     auroc_ci: Interval | None
     accuracy: Share | None
+    accuracy_ci: Interval | None
     balanced_accuracy: Share | None
     per_class: dict[ClassKey, ClassFigures]
     calibration: Calibration | None
