@@ -1180,6 +1180,10 @@ def _run_rollback(arguments: argparse.Namespace) -> int:
 
 def _say_installed(arguments: argparse.Namespace, package: Mapping[str, Any]) -> int:
     print(f"installed: fedimaging {package['version']} ({package['sha256']}); `rollback` undoes it")
+    for name in ("privacy.json", "authorization.json", "resources.json", "log_config.json"):
+        own, default = (arguments.kit / "local" / f"{name}{suffix}" for suffix in ("", ".default"))
+        if own.exists() and own.read_bytes() != default.read_bytes():
+            print(f"your own    local/{name} stays in force; compare it with the new {default.name}")
     return 0 if _say(arguments.kit, verify(arguments.kit, Pins.read(arguments.pins))) else 1
 
 

@@ -99,12 +99,12 @@ def test_openssl_and_jq_agree_on_a_kit(made):
 
     guide = (kit / "GUIDE.md").read_text()
     commands = [line.strip() for line in guide.splitlines() if line.startswith(("    openssl", "    jq"))]
-    assert len(commands) == 5
-    root, code, signature, files, chain = map(said, commands)
+    assert len(commands) == 7
+    root, code, *signatures, files, packaged, chain = map(said, commands)
     assert root.strip().split("=")[1].replace(":", "").lower() == made.federation.record["root"]
     assert code.split()[0] == made.federation.record["code"]
-    assert signature.strip() == "Verified OK"
-    assert files == ""
+    assert [signature.strip() for signature in signatures] == ["Verified OK"] * 2
+    assert files == packaged == ""
     assert chain.strip() == "startup/client.crt: OK"
 
 

@@ -217,6 +217,19 @@ def test_datasets_are_counted_by_split_and_what_is_wrong_is_said(kit, tmp_path, 
     assert row(kit, "datasets").passed is False
 
 
+def test_what_is_granted_is_said(kit):
+    found = row(kit, "grants")
+    assert (found.passed, found.found) == (None, "nothing is granted: every job is refused")
+    path = kit / "local/grants.yml"
+    grant = "{id: a1, dataset: chest_xray, job: first, role: lead, kinds: [train], until: 2999-01-01}"
+    path.write_text(f"grants: [{grant}]\n")
+    assert row(kit, "grants").found == "first on chest_xray for any lead"
+    path.write_text(f"grants: [{grant.replace('2999', '2020')}]\n")
+    assert row(kit, "grants").passed is None
+    path.write_text("grants: [{id: a1}]\n")
+    assert row(kit, "grants").passed is False
+
+
 def test_the_site_s_own_policies_must_be_json(kit):
     assert row(kit, "own files").passed
     (kit / "local/resources.json").write_text("{")

@@ -48,7 +48,7 @@ def check(kit: Path) -> Iterator[Row]:
     hospital = (kit / "startup" / "fed_client.json").exists()
     checks = [_python, _packages, _package, _own_files, _cores, _memory, _disk, _certificate, _clock]
     if hospital:
-        checks += [_datasets, _gpus, _name, _connection]
+        checks += [_datasets, _grants, _gpus, _name, _connection]
     for one in [*checks, _flare]:
         name = one.__name__.strip("_").replace("_", " ")
         try:
@@ -133,6 +133,21 @@ def _datasets(kit: Path) -> Result:
             return False, str(error), "see GUIDE.md, Your own files"
         counts.append(f"{name}: " + ", ".join(f"{len(manifest.split(split))} {split}" for split in SPLITS))
     return True, "; ".join(counts)
+
+
+def _grants(kit: Path) -> Result:
+    """What the data owner allows; without a grant the site runs and refuses every job."""
+    from fedimaging.errors import FedImagingError
+    from fedimaging.governance.grants import GRANTS_FILE, read_grants
+
+    file = kit / "local" / GRANTS_FILE
+    try:
+        valid = [grant for grant in read_grants(file) if not grant.expired(datetime.now(UTC))]
+    except FedImagingError as error:
+        return False, str(error), "mend the file; until then every job is refused"
+    if not valid:
+        return None, "nothing is granted: every job is refused", "the data owner grants with `grant give`, see GUIDE.md"
+    return True, "; ".join(f"{grant.job} on {grant.dataset} for {grant.who}" for grant in valid)
 
 
 def _participant(kit: Path) -> str:
