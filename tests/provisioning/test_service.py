@@ -143,7 +143,7 @@ def running(tmp_path_factory, python):
         assert done.returncode == 0, done.stderr
         wait_for(lambda: said(server, "Server started"))
         yield SimpleNamespace(
-            server=server, hospital=hospital, kit_py=kit_py, folder=folder, python=python, key=code_key
+            server=server, hospital=hospital, kit_py=kit_py, folder=folder, python=python, code_key=code_key
         )
     finally:
         left = [number for kit in (hospital, server) for number in stop(kit, 30) if number]
