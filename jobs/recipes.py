@@ -14,6 +14,7 @@ from fedimaging.federation.evaluation import CrossSiteEvaluation
 from fedimaging.federation.executor import TrainerExecutor
 from fedimaging.federation.persistor import NetworkPersistor
 from fedimaging.federation.protocol import PERSISTOR_ID
+from fedimaging.federation.settings_table import settings_table
 from fedimaging.federation.workflow import FederatedAveraging
 from fedimaging.training.strategies import DEFAULT_STRATEGY
 from fedimaging.version import needed_by_jobs
@@ -127,5 +128,12 @@ def write(folder: Path) -> None:
         job.export_job(str(folder))
 
 
+def write_settings(readme: Path) -> None:
+    """Writes the list of all settings between the marks of jobs/README.md."""
+    before, mark, rest = readme.read_text().partition("<!-- settings -->\n")
+    readme.write_text(f"{before}{mark}{settings_table()}{rest[rest.index('<!-- /settings -->') :]}")
+
+
 if __name__ == "__main__":
     write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+    write_settings(Path(__file__).with_name("README.md"))

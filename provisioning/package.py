@@ -14,7 +14,7 @@ from nvflare.lighter.constants import ParticipantType, ProvFileName
 import fedimaging
 from fedimaging.errors import FedImagingError
 from fedimaging.federation import policy
-from fedimaging.version import PACKAGE, SOURCE_SUFFIXES, tree_hash
+from fedimaging.version import PACKAGE, package_sources, tree_hash
 from provisioning.kit import (
     CODE_KEY,
     FORMAT,
@@ -45,19 +45,6 @@ def contents() -> dict[str, bytes]:
     }
     files |= {f"local/{name}": policy.to_json(content) for name, content in defaults.items()}
     return files | {name: (TEMPLATES / name).read_bytes() for name in (GUIDE, UNIT)}
-
-
-def package_sources() -> dict[str, Path]:
-    """The source files of fedimaging by their path inside it. A file of another kind is an error: it would ship."""
-    sources = {}
-    for path in sorted(PACKAGE.rglob("*")):
-        name = path.relative_to(PACKAGE)
-        if "__pycache__" in name.parts or (path.is_dir() and not path.is_symlink()):
-            continue
-        if path.is_symlink() or path.suffix not in SOURCE_SUFFIXES:
-            raise FedImagingError(f"{path}: no source file of the package; remove it before kits are built")
-        sources[name.as_posix()] = path
-    return sources
 
 
 def manifest(files: Mapping[str, bytes]) -> dict[str, Any]:

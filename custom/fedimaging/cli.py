@@ -36,6 +36,7 @@ def _plain(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     from fedimaging import compare, report, simulator
     from fedimaging.datasets import index, synthetic
+    from fedimaging.federation import command as federation
     from fedimaging.governance import command as governance
 
     parser = argparse.ArgumentParser(
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_commands(data)
     _add_clear_cache(data)
     simulator.add_commands(commands)
+    federation.add_commands(commands)
     report.add_commands(commands)
     governance.add_commands(commands)
     compare.add_commands(commands)

@@ -19,7 +19,9 @@ ANY_VERSION = ">=0"
 class Settings(BaseModel):
     """Settings that a job may make. No path, URL, class path or object gets through; nothing is coerced."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 S = TypeVar("S", bound=Settings)

@@ -43,11 +43,24 @@ def require(specifier: object) -> None:
         )
 
 
+def package_sources(package: Path = PACKAGE) -> dict[str, Path]:
+    """The source files of this package by their path inside it. A file of another kind is an error: it would ship."""
+    sources = {}
+    for path in sorted(package.rglob("*")):
+        name = path.relative_to(package)
+        if "__pycache__" in name.parts or (path.is_dir() and not path.is_symlink()):
+            continue
+        if path.is_symlink() or path.suffix not in SOURCE_SUFFIXES:
+            raise FedImagingError(f"{path}: no source file of the package; remove it before kits or bundles are made")
+        sources[name.as_posix()] = path
+    return sources
+
+
 @cache
 def package_hash() -> str:
     """SHA-256 over names and contents of this package's sources: what a hospital reviews once."""
     files = (path for path in PACKAGE.rglob("*") if path.suffix in SOURCE_SUFFIXES and path.is_file())
-    return tree_hash({path.relative_to(PACKAGE).as_posix(): _hash(path) for path in files})
+    return tree_hash({path.relative_to(PACKAGE).as_posix(): sha256(path) for path in files})
 
 
 def tree_hash(files: dict[str, str]) -> str:
@@ -55,6 +68,6 @@ def tree_hash(files: dict[str, str]) -> str:
     return hashlib.sha256("".join(f"{files[name]}  {name}\n" for name in sorted(files)).encode()).hexdigest()
 
 
-def _hash(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -41,3 +41,14 @@ def test_a_job_is_configuration_only_and_valid(folder):
     assert settings.dataset and job.rounds >= 1
     assert job.meta["min_clients"] == job.min_clients
     assert job.name == folder.name
+
+
+def test_the_readme_lists_every_setting_as_the_code_has_it(recipes, tmp_path):
+    written = tmp_path / "README.md"
+    written.write_text((JOBS / "README.md").read_text())
+    recipes.write_settings(written)
+    assert written.read_text() == (JOBS / "README.md").read_text(), "run python jobs/recipes.py"
+    rows = [line for line in written.read_text().splitlines() if line.startswith("| `")]
+    listed = {line.split("`")[1] for line in rows}
+    assert {"rounds", "round_timeout", "training.learning_rate", "task.image_size", "network.norm"} <= listed
+    assert not [row for row in rows if row.endswith("|  |")], "a setting without a meaning"

@@ -15,7 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedimaging import __version__
 from fedimaging.errors import FedImagingError
 from fedimaging.federation.policy import ALLOWED_CLASSES
-from fedimaging.version import package_hash
+from fedimaging.version import package_hash, package_sources
 from provisioning import package as site_package
 from provisioning.cli import main
 from provisioning.federation import Federation, build
@@ -57,7 +57,7 @@ def test_a_site_s_kit_holds_the_package_as_sources_only(made):
         files = {
             path.relative_to(custom / "fedimaging").as_posix(): path for path in custom.rglob("*") if path.is_file()
         }
-        assert files.keys() == site_package.package_sources().keys()
+        assert files.keys() == package_sources().keys()
         assert all(path.read_bytes() == site_package.PACKAGE.joinpath(key).read_bytes() for key, path in files.items())
         assert not [key for key in files if "__pycache__" in key or key.endswith(".pyc")]
     assert not (made.folder / "kits/lead@example.org/local/custom").exists()
@@ -74,19 +74,18 @@ def test_the_manifest_says_version_and_hash_of_the_package(made):
     assert package["sha256"] == lines.stdout.split()[0] == package_hash()
 
 
-def test_something_that_is_no_source_stops_the_build(tmp_path, monkeypatch):
+def test_something_that_is_no_source_stops_the_build(tmp_path):
     package = tmp_path / "fedimaging"
     package.mkdir()
     (package / "a.py").write_text("")
-    monkeypatch.setattr(site_package, "PACKAGE", package)
-    assert list(site_package.package_sources()) == ["a.py"]
+    assert list(package_sources(package)) == ["a.py"]
     (package / "scan.dcm").write_bytes(b"")
     with pytest.raises(FedImagingError, match=r"scan\.dcm: no source file"):
-        site_package.package_sources()
+        package_sources(package)
     (package / "scan.dcm").unlink()
     (package / "b.py").symlink_to("/etc/passwd")
     with pytest.raises(FedImagingError, match=r"b\.py"):
-        site_package.package_sources()
+        package_sources(package)
 
 
 def test_openssl_and_jq_agree_on_a_kit(made):

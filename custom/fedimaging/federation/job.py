@@ -5,15 +5,20 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedimaging.errors import FedImagingError, Reason
 from fedimaging.federation.policy import ALLOWED_CLASSES
-from fedimaging.settings import holds_placeholder
+from fedimaging.settings import holds_placeholder, parse
 from fedimaging.training.settings import JobSettings
 from fedimaging.training.strategies import DEFAULT_STRATEGY
 
-_SERVER, _CLIENT = "app/config/config_fed_server.json", "app/config/config_fed_client.json"
+if TYPE_CHECKING:
+    from fedimaging.federation.evaluation import EvaluationSettings
+    from fedimaging.federation.workflow import WorkflowSettings
+
+META_FILE = "meta.json"
+SERVER_FILE, CLIENT_FILE = "app/config/config_fed_server.json", "app/config/config_fed_client.json"
 _EXECUTOR = "fedimaging.federation.executor.TrainerExecutor"
 _PERSISTOR = "fedimaging.federation.persistor.NetworkPersistor"
 _WORKFLOW = "fedimaging.federation.workflow.FederatedAveraging"
@@ -22,6 +27,8 @@ _WORKFLOW_NAMES = {
     "rounds": "num_rounds",
     **{name: name for name in ("min_clients", "required_sites", "round_timeout", "straggler_wait", "continues")},
 }
+_META_NAMES = {"min_clients": "min_clients", "required_sites": "mandatory_clients"}
+"""what of the workflow FLARE itself wants to know, and how meta.json calls it"""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -35,20 +42,20 @@ class JobFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.meta = self._read("meta.json")
+        self.meta = self._read(META_FILE)
         if not _NAME.fullmatch(str(self.meta.get("name", ""))):
-            raise _bad(path / "meta.json", "name: expected letters, digits, '_', '.' and '-', 64 at most")
-        self.server = self._read(_SERVER)
-        self.client = self._read(_CLIENT)
+            raise _bad(path / META_FILE, "name: expected letters, digits, '_', '.' and '-', 64 at most")
+        self.server = self._read(SERVER_FILE)
+        self.client = self._read(CLIENT_FILE)
         if (path / "app" / "custom").exists():
             raise _bad(path / "app/custom", "a job is configuration only; the sites refuse code that comes with it")
-        for file, config in ((_SERVER, self.server), (_CLIENT, self.client)):
+        for file, config in ((SERVER_FILE, self.server), (CLIENT_FILE, self.client)):
             for name in _class_paths(config):
                 if name not in ALLOWED_CLASSES:
                     raise _bad(path / file, f"the class {name} is not on the sites' allow-list")
-        self._executor = self._component(self.client, _EXECUTOR, _CLIENT)
-        self._persistor = self._component(self.server, _PERSISTOR, _SERVER)
-        self._workflow = self._component(self.server, _WORKFLOW, _SERVER)
+        self._executor = self._component(self.client, _EXECUTOR, CLIENT_FILE)
+        self._persistor = self._component(self.server, _PERSISTOR, SERVER_FILE)
+        self._workflow = self._component(self.server, _WORKFLOW, SERVER_FILE)
 
     @property
     def name(self) -> str:
@@ -62,26 +69,36 @@ class JobFolder:
     def min_clients(self) -> int:
         return int(self._workflow["min_clients"])
 
+    @property
+    def workflow(self) -> "WorkflowSettings":
+        """The validated settings of the server's workflow. Raises FedImagingError."""
+        from fedimaging.federation.workflow import WorkflowSettings
+
+        return parse(WorkflowSettings, self._workflow, "workflow")
+
+    @property
+    def evaluation(self) -> "EvaluationSettings | None":
+        """The validated settings of the cross-site evaluation, if the job has one. Raises FedImagingError."""
+        from fedimaging.federation.evaluation import EvaluationSettings
+
+        arguments = _find(self.server, "fedimaging.federation.evaluation.CrossSiteEvaluation")
+        return None if arguments is None else parse(EvaluationSettings, arguments, "evaluation")
+
     def settings(self) -> JobSettings:
         """The validated settings of the sites' trainer and the server's workflow; both must build one network."""
-        from fedimaging.federation.evaluation import EvaluationSettings
-        from fedimaging.federation.workflow import WorkflowSettings
-        from fedimaging.settings import parse
-
-        workflow = parse(WorkflowSettings, self._workflow, "workflow")
-        evaluation = _find(self.server, "fedimaging.federation.evaluation.CrossSiteEvaluation")
-        if evaluation is not None:
-            parse(EvaluationSettings, evaluation, "evaluation")
+        workflow, _ = self.workflow, self.evaluation
         unequal = [name for name in _SHARED if self._executor.get(name) != self._persistor.get(name)]
         if unequal:
-            raise _bad(self.path / _SERVER, f"{unequal[0]!r} differs from the one in {_CLIENT}; make them equal")
+            raise _bad(
+                self.path / SERVER_FILE, f"{unequal[0]!r} differs from the one in {CLIENT_FILE}; make them equal"
+            )
         if self._executor.get("fedimaging") != self._workflow.get("fedimaging"):
-            raise _bad(self.path / _SERVER, f"'fedimaging' differs from the one in {_CLIENT}; make them equal")
+            raise _bad(self.path / SERVER_FILE, f"'fedimaging' differs from the one in {CLIENT_FILE}; make them equal")
         settings = JobSettings(self._executor)
         if workflow.strategy != settings.training.strategy:
             raise _bad(
-                self.path / _SERVER,
-                f"the workflow's strategy differs from training.strategy in {_CLIENT}; make them equal",
+                self.path / SERVER_FILE,
+                f"the workflow's strategy differs from training.strategy in {CLIENT_FILE}; make them equal",
             )
         return settings
 
@@ -91,8 +108,8 @@ class JobFolder:
             first, *rest = name.split(".")
             if first in _WORKFLOW_NAMES and not rest:
                 self._workflow[_WORKFLOW_NAMES[first]] = value
-                if first == "min_clients":
-                    self.meta["min_clients"] = value
+                if first in _META_NAMES:
+                    self.meta[_META_NAMES[first]] = value
             elif first in self._executor:
                 other = self._persistor if first in _SHARED else self._workflow if first == "fedimaging" else None
                 for owner in (self._executor, other) if other is not None else (self._executor,):
@@ -107,7 +124,7 @@ class JobFolder:
 
     def write(self, folder: Path) -> None:
         """Writes the job, as it is now in memory, to a folder that is new or empty."""
-        for file, config in (("meta.json", self.meta), (_SERVER, self.server), (_CLIENT, self.client)):
+        for file, config in ((META_FILE, self.meta), (SERVER_FILE, self.server), (CLIENT_FILE, self.client)):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_text(json.dumps(config, indent=4))
 

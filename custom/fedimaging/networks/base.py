@@ -22,6 +22,7 @@ class NetworkSettings(Settings):
 
     name: str
     norm: Literal["batch", "group"] = "batch"
+    """running statistics are averaged over the sites (batch), or there are none to share (group)"""
 
     @property
     def divisor(self) -> int:

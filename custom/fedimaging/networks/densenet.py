@@ -12,6 +12,7 @@ from fedimaging.networks.base import NetworkSettings
 class DenseNet121Settings(NetworkSettings):
     name: Literal["DenseNet121"] = "DenseNet121"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """share of activations that training leaves out"""
 
     def build(self, *, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
         return DenseNet121(

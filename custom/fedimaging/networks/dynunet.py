@@ -19,7 +19,9 @@ class DynUNetSettings(NetworkSettings):
     filters: Literal[8, 16, 32] = 32
     """channels of the first level; doubled at each level below, up to 320"""
     levels: Annotated[int, Field(ge=3, le=7)] = 5
+    """resolutions of the encoder"""
     residual: bool = False
+    """whether blocks have a residual path"""
 
     @property
     def divisor(self) -> int:

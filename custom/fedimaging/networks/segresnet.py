@@ -17,6 +17,7 @@ class SegResNetSettings(NetworkSettings):
     init_filters: Literal[8, 16, 32] = 16
     """channels of the first level; doubled at each of the three below"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """share of activations that training leaves out"""
 
     @property
     def divisor(self) -> int:

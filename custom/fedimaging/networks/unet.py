@@ -17,9 +17,11 @@ class UNetSettings(NetworkSettings):
     filters: Literal[8, 16, 32] = 16
     """channels of the first level; doubled at each level below"""
     levels: Annotated[int, Field(ge=2, le=6)] = 4
+    """resolutions of the encoder"""
     residual_units: Annotated[int, Field(ge=0, le=4)] = 2
     """convolutions of a residual unit; 0 for plain convolutions"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """share of activations that training leaves out"""
 
     @property
     def divisor(self) -> int:

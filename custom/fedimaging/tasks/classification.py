@@ -49,14 +49,19 @@ class AugmentationSettings(Settings):
 class ClassificationSettings(TaskSettings):
     name: Literal["classification"] = "classification"
     classes: Annotated[list[ClassName], Field(min_length=2, max_length=1000)]
+    """names of the classes, in the order of the network's outputs"""
     multi_label: bool = False
+    """whether a case may be of several classes, or of none"""
     image_size: Annotated[int, Field(ge=32, le=1024)] = 64
     """side of the square that every image is fitted into, in pixels; the aspect ratio is kept"""
     channels: Literal[1, 3] = 1
+    """1 for grey images, 3 for colour"""
     key_metric: Literal["auroc", "accuracy"] = "auroc"
     """what picks the best model; accuracy suits sites that lack classes, where AUROC is undefined"""
     class_weighting: Literal["none", "balanced"] = "balanced"
+    """whether rare classes weigh more in the loss, by the site's own counts"""
     augmentation: AugmentationSettings = AugmentationSettings()
+    """random changes of training images; angles in degrees, the rest as shares; flip is a probability"""
 
     @model_validator(mode="after")
     def _distinct(self) -> "ClassificationSettings":

@@ -111,12 +111,15 @@ class SegmentationSettings(TaskSettings):
     classes: Annotated[list[ClassName], Field(min_length=1, max_length=100)]
     """the structures of the mask's values 1, 2 and so on; 0 is the background"""
     channels: Annotated[int, Field(ge=1, le=8)] = 1
+    """images of one case, stacked"""
     spacing: Annotated[list[Millimetres], Field(min_length=3, max_length=3)]
     """sides of a voxel that every volume is resampled to, in mm, to the right, to the front and up"""
     patch_size: Annotated[list[Side], Field(min_length=3, max_length=3)]
     """sides of what the network sees at once, in voxels; a smaller volume is padded"""
     intensity: IntensitySettings = IntensitySettings()
+    """how values are brought to one range"""
     augmentation: AugmentationSettings = AugmentationSettings()
+    """random changes of training volumes"""
     background_in_dice: bool = False
     """whether the background's Dice is part of the loss; the cross-entropy always has it"""
     overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.5

@@ -23,17 +23,21 @@ class TrainingSettings(Settings):
     max_batches: Annotated[int, Field(ge=1, le=10**6)] | None = None
     """stop an epoch after so many batches; null for all"""
     batch_size: Annotated[int, Field(ge=2, le=4096)] = 16
+    """cases in a step"""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """starts anew in each round"""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
     """the schedule's peak"""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """of sgd"""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-4
+    """of the optimizer"""
     schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
     """of the learning rate, over all rounds"""
     gradient_clip: Annotated[float, Field(gt=0, le=1e6)] | None = 1.0
     """largest norm of the gradient; null for none"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto is bfloat16 where the processor is good at it, float32 elsewhere"""
     max_unreadable: Annotated[float, Field(ge=0, le=0.5)] = 0.01
     """share of unreadable cases above which the site refuses"""
     cache_memory_mb: Annotated[int, Field(ge=0, le=1_000_000)] = 2048

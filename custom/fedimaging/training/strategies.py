@@ -159,6 +159,7 @@ class FedProx(StrategySettings):
 
     name: Literal["fedprox"] = "fedprox"
     mu: Annotated[float, Field(ge=0, le=1000)] = 0.01
+    """weight of the proximal term"""
 
     def local(self, network: nn.Module) -> Local:
         return Proximal(self.mu)
@@ -173,6 +174,7 @@ class Scaffold(StrategySettings):
 
     name: Literal["scaffold"] = "scaffold"
     server_learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """step of the server along the sites' mean change"""
 
     def local(self, network: nn.Module) -> Local:
         return ScaffoldLocal(network)
@@ -261,6 +263,7 @@ class FedOpt(StrategySettings):
     optimizer: Literal["sgd", "adam"] = "sgd"
     """sgd with momentum is FedAvgM (Hsu et al. 2019); adam is FedAdam, here with torch's correction of its bias"""
     learning_rate: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """of the server's optimizer"""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """of sgd; beta 1 of adam"""
     epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-3
