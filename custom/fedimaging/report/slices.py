@@ -1,5 +1,6 @@
 """Slices of a synthetic volume with the contours of its mask and of what the picked model predicts."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}
 """The planes and the axis of a volume (X, Y, Z) in RAS+ order that each is at right angles to."""
 
 _LONGER = 336
+_LINE = 2
 
 
 def slice_images(settings: dict[str, Any], model: Path, manifest: Manifest, root: Path) -> dict[str, Image.Image]:
@@ -86,9 +88,9 @@ def _turned(values: NDArray[Any], axis: int) -> NDArray[Any]:
 
 
 def _contour(mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """The innermost pixels of each structure, one wide."""
+    """The outermost pixels of each structure, `_LINE` wide: the page shows pictures at about half their size."""
     inner = np.ones(mask.shape, dtype=bool)
-    for shift, axis in ((1, 0), (-1, 0), (1, 1), (-1, 1)):
+    for shift, axis in itertools.product((_LINE, -_LINE), (0, 1)):
         inner &= np.roll(mask, shift, axis) == mask
     contour: NDArray[np.bool_] = (mask > 0) & ~inner
     return contour
