@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 DATA := data/demo
 RUN := runs/chest_xray_fedavg
 
-.PHONY: help install demo test check format clean
+.PHONY: help install demo poc test check format clean
 
 help:
 	@echo 'make demo    three synthetic hospitals train one chest X-ray model; ends in a report'
+	@echo 'make poc     the real federation as separate processes on this machine'
 	@echo 'make test    the whole test suite'
 	@echo 'make check   lint, format and types'
 	@echo 'make format  format the code'
@@ -33,6 +34,9 @@ $(VENV)/installed-test: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/python -m fedimaging data synth --out $(DATA)
 	$(BIN)/python -m fedimaging simulate jobs/chest_xray_fedavg --data $(DATA) --workspace $(RUN)
+
+poc: $(VENV)/installed
+	$(BIN)/python -m poc up
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest

@@ -233,16 +233,16 @@ def stop_process_tree(pid: int, grace: float = 3.0) -> None:
             return
 
 
-class _Tail:
+class Tail:
     """Lines of JSON that are appended to a file while it is read."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._position = path, 0
+        self.path, self._position = path, 0
 
     def read(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
+        if not self.path.exists():
             return []
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             file.seek(self._position)
             lines = file.read()
         whole = lines[: lines.rfind(b"\n") + 1]
@@ -252,8 +252,8 @@ class _Tail:
 
 def _follow(process: subprocess.Popen[bytes], workspace: Path, rounds: int, outcome: Outcome) -> None:
     """Shows rounds, sites and the key metric as they come, until the simulator ends."""
-    server = _Tail(workspace / "server" / SIMULATED_JOB_ID / ROUNDS_FILE)
-    sites = {name: _Tail(workspace / name / SIMULATED_JOB_ID / PROGRESS_FILE) for name in outcome.sites}
+    server = Tail(workspace / "server" / SIMULATED_JOB_ID / ROUNDS_FILE)
+    sites = {name: Tail(workspace / name / SIMULATED_JOB_ID / PROGRESS_FILE) for name in outcome.sites}
     doing = dict.fromkeys(outcome.sites, "starting")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -262,7 +262,7 @@ def _follow(process: subprocess.Popen[bytes], workspace: Path, rounds: int, outc
         while not ended:
             ended = process.poll() is not None
             for event in server.read():
-                _take(event, outcome)
+                show_event(event, outcome)
                 progress.update(bar, completed=len(outcome.rounds))
             for name, tail in sites.items():
                 for event in tail.read():
@@ -275,7 +275,7 @@ def _follow(process: subprocess.Popen[bytes], workspace: Path, rounds: int, outc
                 time.sleep(_POLL_SECONDS)
 
 
-def _take(event: dict[str, Any], outcome: Outcome) -> None:
+def show_event(event: dict[str, Any], outcome: Outcome) -> None:
     """Shows an event of the server: a line per round, a star on the best model so far."""
     if event["event"] == "start":
         outcome.key_metric = event["key_metric"]
