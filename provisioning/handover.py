@@ -112,7 +112,6 @@ above; kit.py is also in the project's public repository, in provisioning/.
       --root 'ROOT FINGERPRINT FROM THE PHONE' \\
       --code 'CODE FINGERPRINT FROM THE PHONE' \\
       --pin /etc/fedimaging/pins.json
-  python kit.py start /srv/fedimaging/{name} --pins /etc/fedimaging/pins.json
 
-`start` verifies again, every time, and refuses a kit that was changed.
+GUIDE.md in the kit goes on from here. Every start verifies again, and refuses a kit that was changed.
 """

@@ -321,6 +321,9 @@ def test_the_stand_alone_command_pins_refuses_and_says_why(kit, handed_over, tmp
         (["verify", "no-kit", "--name", "a", "--root", "0" * 64, "--code", "0" * 64], "no such kit folder"),
         (["verify", "{kit}", "--name", "a", "--root", "12", "--code", "0" * 64], "64 hexadecimal digits"),
         (["open", "no.kit"], "passphrase"),
+        (["logs", "{kit}"], "nothing was logged yet"),
+        (["install", "{kit}", "no.package", "--pins", "no.json"], "can't read the pins"),
+        (["wheelhouse", "no.lock", "--to", "w"], "no such lock file"),
     ],
 )
 def test_a_mistake_is_one_line(kit, arguments, words):
