@@ -683,3 +683,15 @@ def test_a_personal_model_is_told(workspace: Path) -> None:
             figures["judged"] = "personal"
     path.write_text(json.dumps(results))
     assert "Each hospital is judged by a model of its own" in write_report(workspace)[0].read_text()
+
+
+@pytest.mark.parametrize("other", ["0.1.0", "0.1.1"])
+def test_which_package_each_hospital_ran_is_said_and_a_difference_is_a_problem(tmp_path: Path, other: str) -> None:
+    event = round_event(0)
+    for site, record in event["sites"].items():
+        record["fedimaging"] = {"version": other if site == "hospital-b" else "0.1.0", "sha256": "ab" * 32}
+    write_events(tmp_path, [start_event(), event])
+    report = collect(tmp_path)
+    assert report["versions"]["sites"]["hospital-b"] == f"{other} ({'ab' * 32})"
+    told = [problem for problem in report["problems"] if "did not all run the same fedimaging" in problem]
+    assert bool(told) == (other != "0.1.0")
