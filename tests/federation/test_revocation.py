@@ -52,8 +52,12 @@ class Server:
             add_incoming_request_filter=lambda channel, topic, cb: self.request_filters.append(cb),
         )
         self.core_cell = core_cell
-        self.client_manager = SimpleNamespace(get_clients=lambda: {"token": SimpleNamespace(name="hospital-b")})
-        sessions = [SimpleNamespace(user_name="lead@example.org", sess_id="s1")]
+        clients = {
+            f"token of {name}": SimpleNamespace(name=name, get_fqcn=lambda name=name: name)
+            for name in ("hospital-a", "hospital-b")
+        }
+        self.client_manager = SimpleNamespace(get_clients=lambda: clients)
+        sessions = [SimpleNamespace(user_name="lead@example.org", sess_id="s1", origin_fqcn="_admin_x")]
         self.admin_server = SimpleNamespace(
             sess_mgr=SimpleNamespace(
                 get_sessions=lambda: sessions, end_session_by_id=lambda *said: self.ended.append(said)
@@ -91,6 +95,11 @@ def message(endpoint="hospital-b", destination="server", channel=CellChannel.SER
     made.set_header(MessageHeaderKey.ORIGIN, endpoint)
     made.set_prop(MessagePropKey.ENDPOINT, Endpoint(endpoint))
     return made
+
+
+def over_tls(pem):
+    """A gRPC connection, as FLARE keeps it, of a peer with this certificate."""
+    return SimpleNamespace(conn=SimpleNamespace(context=SimpleNamespace(auth_context=lambda: {"x509_pem_cert": [pem]})))
 
 
 def passes(guarded, sent):
@@ -176,9 +185,10 @@ def test_a_superseded_certificate_is_refused_wherever_it_is_shown(guarded, certi
     guarded.publish(1, Revoked(f"{certificate.serial_number:x}", "hospital-a", SINCE, removed=False))
     assert not any(passes(guarded, sent) for sent in shown)
     assert passes(guarded, message("hospital-a", payload={IdentityChallengeKey.CERT: b"none"}))
-    tls = SimpleNamespace(conn=SimpleNamespace(context=SimpleNamespace(auth_context=lambda: {"x509_pem_cert": [pem]})))
-    guarded.server.connections["hospital-a"] = [tls]
+    guarded.server.connections["hospital-a"] = [over_tls(pem)]
     assert not passes(guarded, message("hospital-a"))
+    guarded.check._log_out()
+    assert guarded.server.logged_out == ["token of hospital-a"]
 
 
 def test_without_a_list_at_start_nobody_passes_until_there_is_one(keys, guarded, tmp_path, caplog):
@@ -225,7 +235,7 @@ def test_sites_are_logged_out_sessions_ended_and_connections_closed(guarded):
     guarded.publish(1, REMOVED, Revoked("c3", "lead@example.org", SINCE, removed=True))
     guarded.check._log_out()
     guarded.check._disconnect()
-    assert guarded.server.logged_out == ["token"]
+    assert guarded.server.logged_out == ["token of hospital-b"]
     assert guarded.server.ended == [("s1", "lead@example.org was removed from this federation")]
     assert guarded.server.closed == ["hospital-b", "hospital-b.job-1", "_admin_x"]
 

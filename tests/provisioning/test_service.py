@@ -7,10 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import sysconfig
-import time
-from types import SimpleNamespace
 
 import pytest
 
@@ -19,13 +15,11 @@ from fedimaging.version import package_hash
 from provisioning import kit as kit_file
 from provisioning import package as site_package
 from provisioning.cli import main
-from provisioning.keys import Keys
-from provisioning.kit import KitError, Pins, processes, service_unit, stop, verify
+from provisioning.kit import KitError, Pins, processes, service_unit, verify
 from provisioning.package import write_package
-from tests.provisioning.conftest import PASSPHRASE, make_federation, pins, project_text
+from tests.provisioning.conftest import PATIENCE, pins, said, wait_for
 
 SCRIPT = kit_file.__file__
-PATIENCE = 150
 
 
 @pytest.fixture
@@ -100,67 +94,6 @@ def test_the_command_prints_a_unit_of_a_kit_that_verifies_only(kit, handed_over,
     (kit / "startup/start.sh").write_text("")
     assert main(arguments) == 1
     assert capsys.readouterr().out == ""
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    """The Python of an environment with the requirements and without the package, which the kits bring."""
-    folder = tmp_path_factory.mktemp("environment") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=120)
-    packages = next((folder / "lib").glob("python*/site-packages"))
-    # What is named in a .pth is searched, but no .pth in it is obeyed: an editable install is not there.
-    (packages / "requirements.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    python = folder / "bin/python"
-    tried = subprocess.run([python, "-c", "import fedimaging"], cwd="/", env={}, capture_output=True, check=False)
-    assert b"No module named 'fedimaging'" in tried.stderr
-    return python
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory, python):
-    """A server that runs, and a hospital's kit that does not yet; both are stopped in the end, whatever happens."""
-    folder = tmp_path_factory.mktemp("running")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    text = project_text().replace("fed_learn_port: 443", f"fed_learn_port: {port}")
-    made = make_federation(folder, text.replace("/var/lib/fedimaging", str(folder / "storage")))
-    names = ("localhost", "hospital-a")
-    for name in names:
-        pins(made, name).write(folder / f"{name}.json")
-    server, hospital = (made.folder / "kits" / name for name in names)
-
-    def kit_py(command, kit, *more):
-        needs = ["--pins", str(folder / f"{kit.name}.json")] if command not in {"stop", "logs"} else []
-        return subprocess.run(
-            [python, "-I", SCRIPT, command, kit, *more, *needs],
-            env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "HOME": str(folder)},
-            capture_output=True, text=True, timeout=2 * PATIENCE, check=False,
-        )  # fmt: skip
-
-    code_key = Keys.read(made.folder, PASSPHRASE).code_key
-    try:
-        done = kit_py("start", server)
-        assert done.returncode == 0, done.stderr
-        wait_for(lambda: said(server, "Server started"))
-        yield SimpleNamespace(
-            server=server, hospital=hospital, kit_py=kit_py, folder=folder, python=python, code_key=code_key
-        )
-    finally:
-        for kit in (hospital, server):
-            stop(kit, PATIENCE)
-    assert not processes(hospital) + processes(server)
-
-
-def said(kit, words):
-    path = kit / "log.txt"
-    return path.exists() and words in path.read_text()
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.2)
 
 
 def test_a_hospital_runs_in_the_foreground_as_systemd_runs_it_and_sigterm_says_good_bye(running):

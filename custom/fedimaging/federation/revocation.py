@@ -111,8 +111,8 @@ class RevocationCheck(FLComponent):
     - Who registers or logs in with a revoked certificate, or under a removed name, gets the reason as the answer.
     - Every other message from a removed participant, or to it through the server, is dropped: that of its running
       jobs and of open consoles too, whatever token it holds.
-    - Within seconds of a new list a removed site is logged out, so that jobs know that it is gone; the session of a
-      removed user ends; the connections of both are closed.
+    - Within seconds of a new list a site that it names is logged out, so that jobs know that it is gone; the session of
+      such a user ends; the connections of both are closed.
     - Waiting jobs of a removed user are not scheduled. Running ones go on: who wants that ended aborts them.
 
     Without a valid list at start nobody is let in until there is one. If a list that was read once is damaged, deleted
@@ -247,25 +247,28 @@ class RevocationCheck(FLComponent):
         self._tell_once(f"refused messages of {sender}: {why}")
         return make_reply(ReturnCode.UNAUTHENTICATED, error=why)
 
+    def _shut_out(self, name: str, endpoint: str) -> str | None:
+        """Why this participant, and whoever else is connected as this endpoint, is no longer let in."""
+        serials = set(_tls_serials(self._connections(endpoint)))
+        return self._list.refusal({name}, serials) if self._list else None
+
     def _log_out(self) -> None:
-        names = self._list.names if self._list else frozenset()
         for token, client in list(self._server.client_manager.get_clients().items()):
-            if client.name in names:
+            if why := self._shut_out(client.name, client.get_fqcn()):
                 self._server.logout_client(token)
-                self.logger.info(f"logged out {client.name}, which was removed")
+                self.logger.info(f"logged out {client.name}: {why}")
         sessions: Any = getattr(self._server.admin_server, "sess_mgr", None)
         for session in sessions.get_sessions() if sessions else ():
-            if session.user_name in names:
-                sessions.end_session_by_id(session.sess_id, f"{session.user_name} was removed from this federation")
+            if why := self._shut_out(session.user_name, session.origin_fqcn):
+                sessions.end_session_by_id(session.sess_id, why)
 
     def _disconnect(self) -> None:
-        if self._list is None:
-            return
         core_cell = self._server.get_cell().core_cell
         for name, agent in list(core_cell.agents.items()):
-            names = {FQCN.split(name)[0], agent.endpoint.conn_props.get("peer_cn")}
-            if self._list.refusal(names, set(_tls_serials(self._connections(name)))):
+            whose = agent.endpoint.conn_props.get("peer_cn") or FQCN.split(name)[0]
+            if why := self._shut_out(whose, name):
                 core_cell.communicator.remove_endpoint(name)
+                self.logger.info(f"closed the connection of {name}: {why}")
 
     def _block_job(self, fl_ctx: FLContext) -> None:
         submitter = fl_ctx.get_prop(FLContextKey.JOB_META, {}).get(JobMetaKey.SUBMITTER_NAME.value)
