@@ -15,6 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedimaging import __version__
 from fedimaging.errors import FedImagingError
 from fedimaging.federation.policy import ALLOWED_CLASSES
+from fedimaging.federation.revocation import Revocations
 from fedimaging.version import package_hash, package_sources
 from provisioning import package as site_package
 from provisioning.cli import main
@@ -273,6 +274,9 @@ def test_flare_s_own_command_makes_unsigned_kits_of_the_same_file(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not signed" in done.stdout + done.stderr
     kit = next((tmp_path / "w").rglob("prod_00/hospital-a"))
+    server = kit.parent / "fl.example.org"
+    root = x509.load_pem_x509_certificate((server / "startup/rootCA.pem").read_bytes())
+    assert Revocations.read(server / "local/revoked.crl", root) == Revocations(0)
     assert (kit / "local/custom/fedimaging/cli.py").is_file()
     report = verify(kit, pins_of_nobody())
     assert any(finding.where == "kit_manifest.json" and finding.kind == "missing" for finding in report.findings)
