@@ -277,10 +277,10 @@ def _send(where: str, tcp: bool, lines: Sequence[str]) -> None:
         kind = socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM
         handler = _Syslog(address, socktype=None if isinstance(address, str) else kind)
         handler.append_nul = False
-        stamp = datetime.now(UTC).strftime("%b %d %H:%M:%S")
+        stamp = datetime.now(UTC).strftime("%b %e %H:%M:%S")
         handler.setFormatter(logging.Formatter(f"{stamp} {socket.gethostname()} {_PROGRAM}: %(message)s"))
         for line in lines:
-            handler.emit(logging.makeLogRecord({"msg": "%s", "args": (line + "\n" * tcp,), "levelno": logging.INFO}))
+            handler.emit(logging.makeLogRecord({"msg": "%s", "args": (line + "\n" * tcp,), "levelname": "INFO"}))
         handler.close()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "expected HOST[:PORT] or /dev/log"

@@ -11,6 +11,7 @@ from fedimaging import __version__
 from fedimaging.errors import FedImagingError
 from fedimaging.governance.grants import GRANTS_FILE, read_grants
 from fedimaging.governance.ledger import PASSED, read_records, rounds_used, verify
+from fedimaging.report.collect import REASONS
 from fedimaging.report.html import duration, size, write_files
 
 
@@ -97,7 +98,7 @@ def _refused(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if record.get("gate") == PASSED:
             continue
         consent, gate = str(record.get("consent", "")), str(record.get("gate", ""))
-        why = consent if consent.startswith("refused") else gate
+        why = consent if consent.startswith("refused") else _plain(gate)
         row = rows.setdefault(
             (str(record.get("job_id")), why),
             {key: record.get(key) for key in ("job", "job_id", "dataset", "submitter", "role", "task")}
@@ -119,6 +120,11 @@ def _grants(site: Path) -> tuple[list[dict[str, Any]], str | None]:
         grant.model_dump(mode="json") | {"who": grant.who, "used": used[grant.id], "over": grant.expired(now)}
         for grant in grants
     ], None
+
+
+def _plain(gate: str) -> str:
+    """What the gate wrote, with a reason's code in words."""
+    return f"refused: {REASONS.get(gate.removeprefix('refused: '), gate)}" if gate.startswith("refused: ") else gate
 
 
 def _minute(time: object) -> str:
