@@ -6,15 +6,16 @@ BIN := $(VENV)/bin
 DATA := data/demo
 RUN := runs/chest_xray_fedavg
 
-.PHONY: help install demo poc test check format clean
+.PHONY: help install demo compare poc test check format clean
 
 help:
 	@echo 'make demo    three synthetic hospitals train one chest X-ray model; ends in a report'
+	@echo 'make compare training alone, pooled and federated on small synthetic hospitals; ends in a report'
 	@echo 'make poc     the real federation as separate processes on this machine'
 	@echo 'make test    the whole test suite'
 	@echo 'make check   lint, format and types'
 	@echo 'make format  format the code'
-	@echo 'make clean   delete .venv, data/demo and runs/'
+	@echo 'make clean   delete .venv, data/demo, data/compare and runs/'
 
 install: $(VENV)/installed
 
@@ -35,6 +36,10 @@ demo: $(VENV)/installed
 	$(BIN)/python -m fedimaging data synth --out $(DATA)
 	$(BIN)/python -m fedimaging simulate jobs/chest_xray_fedavg --data $(DATA) --workspace $(RUN)
 
+compare: $(VENV)/installed
+	$(BIN)/python -m fedimaging data synth --out data/compare --cases 240,200,160 --matrix 96
+	$(BIN)/python -m fedimaging compare jobs/chest_xray_fedavg jobs/chest_xray_fedbn --data data/compare --set rounds=8
+
 poc: $(VENV)/installed
 	$(BIN)/python -m poc up
 
@@ -51,4 +56,4 @@ format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(DATA) runs
+	rm -rf $(VENV) $(DATA) data/compare runs

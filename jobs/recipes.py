@@ -90,15 +90,31 @@ def overlay(settings: dict[str, Any], training: dict[str, Any]) -> dict[str, Any
     return settings | {"training": settings["training"] | training}
 
 
-def federated(name: str, settings: dict[str, Any], *, rounds: int, min_clients: int) -> FedJob:
-    """A strategy over all sites (FedAvg where none is named), then the best and the last model on every test split."""
+def federated(
+    name: str,
+    settings: dict[str, Any],
+    *,
+    rounds: int,
+    min_clients: int,
+    site_models: bool = False,
+) -> FedJob:
+    """A strategy over all sites (FedAvg where none is named), then the best and the last model on every test split.
+
+    Args:
+        site_models: evaluate each site's own model at every site too.
+    """
     strategy = settings["training"].get("strategy", DEFAULT_STRATEGY)
     job = FedJob(name=name, min_clients=min_clients)
     job.job.set_app_packages(["fedimaging"])
     job.to_server(
-        FederatedAveraging(num_rounds=rounds, min_clients=min_clients, fedimaging=needed_by_jobs(), strategy=strategy)
+        FederatedAveraging(
+            num_rounds=rounds,
+            min_clients=min_clients,
+            fedimaging=needed_by_jobs(),
+            strategy=strategy,
+        )
     )
-    job.to_server(CrossSiteEvaluation())
+    job.to_server(CrossSiteEvaluation(site_models=site_models))
     # Sites ask for their next task five times a second; FLARE asks every two seconds, which idles in every round.
     job.to_server({"server": {"task_request_interval": 0.2}})
     job.to_server(
@@ -118,6 +134,13 @@ def recipes() -> list[FedJob]:
         *(
             federated(f"chest_xray_{name}", overlay(CHEST_XRAY, training), rounds=12, min_clients=2)
             for name, training in STRATEGIES.items()
+        ),
+        federated(
+            "chest_xray_alone",
+            overlay(CHEST_XRAY, {"strategy": {"name": "alone", "give_model": True}}),
+            rounds=12,
+            min_clients=2,
+            site_models=True,
         ),
     ]
 

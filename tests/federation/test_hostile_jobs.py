@@ -24,7 +24,7 @@ from fedimaging.settings import Settings
 TASK = {"name": "classification", "classes": ["normal", "pneumonia"], "image_size": 32}
 NETWORK = {"name": "ResNet18"}
 GOOD: dict[str, dict[str, object]] = {
-    "fedimaging.federation.evaluation.CrossSiteEvaluation": {"timeout": 60},
+    "fedimaging.federation.evaluation.CrossSiteEvaluation": {"timeout": 60, "site_models": False},
     "fedimaging.federation.workflow.FederatedAveraging": {
         "num_rounds": 1, "min_clients": 1, "required_sites": [], "round_timeout": 60, "straggler_wait": 60,
         "continues": "", "fedimaging": "~=0.1.0",

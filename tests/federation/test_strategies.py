@@ -73,3 +73,22 @@ def test_fedbn_over_flare_keeps_normalisation_at_each_site(hospitals, tmp_path):
     results = json.loads((workspace / "server/simulate_job/cross_site_val/cross_val_results.json").read_text())
     judged = {figures["judged"] for models in results.values() for figures in models.values()}
     assert judged == {"personal"}, "cross-site evaluation says that each site was judged by a model of its own"
+
+
+def test_alone_every_site_s_model_is_judged_everywhere_and_nothing_else_leaves(hospitals, tmp_path):
+    workspace, weights, last, sites = run("alone", hospitals, tmp_path)
+    assert all(event["bytes_in"] == 0 for event in records(workspace)), "no weights came back from training"
+    assert all(torch.equal(weights[name], last.arrived[name]) for name in weights), (
+        "the global model is the initial one"
+    )
+    results = json.loads((workspace / "server/simulate_job/cross_site_val/cross_val_results.json").read_text())
+    assert {site: set(models) for site, models in results.items()} == {
+        site: {"SRV_best", "SRV_last", *SITES} for site in SITES
+    }
+    for site, name in zip(sites, SITES, strict=True):
+        kept = torch.load(workspace / name / "simulate_job/strategy.pt", weights_only=True)
+        assert all(torch.allclose(kept["memory"][key], site.local.memory[key], atol=2e-4) for key in weights)
+        own = results[name]
+        assert own["SRV_best"]["judged"] == "personal"
+        assert own["SRV_best"]["accuracy"] == own[name]["accuracy"], "its own model by either way"
+    assert results[SITES[0]][SITES[1]]["judged"] == "global"

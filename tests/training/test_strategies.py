@@ -322,6 +322,18 @@ def test_ditto_s_global_model_is_fedavg_s_and_the_personal_one_minimises_the_pul
         assert close(site.judged(last.weights)["1.weight"].flatten(), exact)
 
 
+def test_alone_is_each_site_s_own_training_and_nothing_of_it_is_sent():
+    members = sites({"name": "alone"}, epochs=3)
+    *_, last = run_rounds(members, 4)
+    assert torch.equal(last.weights["1.weight"].flatten(), initial())
+    assert all(result.sent == {} for result in last.results)
+    for site, rows in zip(members, PROBLEMS, strict=True):
+        w = initial()
+        for _ in range(12):
+            w = w - 0.05 * gradient(w, rows)
+        assert close(site.judged(last.weights)["1.weight"].flatten(), w)
+
+
 def test_a_personal_model_is_picked_on_the_site_s_own_validation():
     site = make_site(PROBLEMS[0], {"name": "ditto"})
     inputs, labels = PROBLEMS[0]
@@ -352,7 +364,7 @@ def test_what_stays_at_the_site_outlives_the_process(tmp_path, name):
     assert any(not torch.equal(fresh.local.memory[key], value) for key, value in second.local.memory.items())
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedprox", "scaffold", "fedopt", "fedbn", "ditto"])
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "scaffold", "fedopt", "fedbn", "ditto", "alone"])
 def test_a_result_holds_exactly_what_the_strategy_says(name):
     site = make_site(PROBLEMS[0], {"name": name}, network=Normed())
     message = message_of(site)

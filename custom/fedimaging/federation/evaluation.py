@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 from nvflare.apis.fl_context import FLContext
-from nvflare.app_common.app_constant import DefaultCheckpointFileName
+from nvflare.app_common.app_constant import AppConstants, DefaultCheckpointFileName
 from nvflare.app_common.widgets.validation_json_generator import ValidationJsonGenerator
 from nvflare.app_common.workflows.cross_site_model_eval import CrossSiteModelEval
 from nvflare.app_opt.pt.file_model_locator import PTFileModelLocator
@@ -21,6 +21,8 @@ MODEL_NAMES = {
 class EvaluationSettings(Settings):
     timeout: Annotated[int, Field(ge=1, le=7 * 24 * 3600)] = 3600
     """seconds that a site has for one model"""
+    site_models: bool = False
+    """whether each site's own model is evaluated at every site too; sites give theirs only with a strategy that does"""
 
 
 class GlobalModels(PTFileModelLocator):
@@ -35,16 +37,21 @@ class GlobalModels(PTFileModelLocator):
 
 
 class CrossSiteEvaluation(CrossSiteModelEval):
-    """FLARE's cross-site evaluation of the server's models. Sites answer with aggregates; no local model is asked for.
+    """FLARE's cross-site evaluation of the server's models and, if asked for, of the sites'; they answer aggregates.
 
     The results are ``cross_site_val/cross_val_results.json`` in the server's job folder:
-    ``{site: {"SRV_best": figures, "SRV_last": figures}}``.
+    ``{site: {"SRV_best": figures, "SRV_last": figures, "<site whose model it is>": figures}}``.
     """
 
-    def __init__(self, timeout: int = 3600) -> None:
-        settings = parse(EvaluationSettings, {"timeout": timeout}, "evaluation")
-        super().__init__(task_check_period=0.1, submit_model_task_name="", validation_timeout=settings.timeout)
-        self.timeout = settings.timeout
+    def __init__(self, timeout: int = 3600, site_models: bool = False) -> None:
+        settings = parse(EvaluationSettings, {"timeout": timeout, "site_models": site_models}, "evaluation")
+        super().__init__(
+            task_check_period=0.1,
+            submit_model_task_name=AppConstants.TASK_SUBMIT_MODEL if settings.site_models else "",
+            submit_model_timeout=settings.timeout,
+            validation_timeout=settings.timeout,
+        )
+        self.timeout, self.site_models = settings.timeout, settings.site_models
         self._writer = ValidationJsonGenerator()
 
     def start_controller(self, fl_ctx: FLContext) -> None:

@@ -88,8 +88,7 @@ class Session:
         metrics = self.validation_metrics(state)
         self.report({"stage": "validated", "round": round_number, "metrics": metrics}, always=True)
         result = self.site.train(state, round_number, rounds)
-        whole = exchanged(result.state)
-        self._last_state = whole if whole.keys() <= result.sent.keys() else None
+        self._last_state = exchanged(result.state)
         return result, metrics
 
     def validation_metrics(self, state: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -109,12 +108,20 @@ class Session:
         return figures
 
     def last_state(self) -> dict[str, torch.Tensor]:
-        """The state after this site's last round of training; none where a part of it is personal."""
-        if self._last_state is None:
+        """This site's model for others to evaluate: after its last round, or its best where it trains alone.
+
+        Raises:
+            FedImagingError: it has not trained, or the strategy keeps models, or parts of them, at the site.
+        """
+        strategy = self.site.strategy
+        if not strategy.submits:
             raise FedImagingError(
-                "this site has no model to submit: it has not trained in this job, or a part of its model is personal",
-                Reason.BAD_MODEL,
+                f"with the strategy {strategy.name} no model of this site leaves it", Reason.BAD_MODEL
             )
+        if self._last_state is None:
+            raise FedImagingError("this site has not trained in this job; it has no model to submit", Reason.BAD_MODEL)
+        if strategy.personal:
+            return self.site.judged(self._last_state, best=True)
         return self._last_state
 
     def figures(self, result: RoundResult) -> dict[str, Any]:

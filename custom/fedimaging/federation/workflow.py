@@ -262,7 +262,8 @@ class FederatedAveraging(FlareFedAvg):
             return False
         if self._server.equal_weights:
             result.meta[FLMetaKey.NUM_STEPS_CURRENT_ROUND] = 1
-        accepted = super()._aggregate_one_result(result)
+        # FLARE takes a result without tensors for none; with some strategies nothing but metrics leaves a site.
+        accepted = super()._aggregate_one_result(result) if self._wanted else True
         if accepted:
             self._bytes_in += sum(value.nbytes for value in result.params.values())
             self._sites[site] = _site_record(result, self._selection.key_metric)

@@ -54,6 +54,11 @@ class StrategySettings(Settings):
         """The server's half, new, for a network of the job."""
         return Server()
 
+    @property
+    def submits(self) -> bool:
+        """Whether a site gives its model to be evaluated elsewhere; never where a part of it is personal."""
+        return not self.personal
+
     def sent(self, network: nn.Module) -> dict[str, torch.Size]:
         """Names and shapes of exactly the tensors that a site's training result holds."""
         return {name: value.shape for name, value in exchanged(network.state_dict()).items()}
@@ -371,8 +376,38 @@ class DittoLocal(Local):
         self.memory = fit(self.memory or weights, Proximal(self._mu, toward=weights))
 
 
+class Alone(StrategySettings):
+    """Each site trains by itself, for comparison: of its training only metrics leave."""
+
+    name: Literal["alone"] = "alone"
+    personal = True
+    give_model: bool = False
+    """whether a site's best model is given for the other sites to evaluate"""
+
+    @property
+    def submits(self) -> bool:
+        return self.give_model
+
+    def local(self, network: nn.Module) -> Local:
+        return AloneLocal()
+
+    def sent(self, network: nn.Module) -> dict[str, torch.Size]:
+        return {}
+
+
+class AloneLocal(Local):
+    """Goes on from the site's own weights; before the first round they are the initial model's."""
+
+    def start(self, weights: State) -> State:
+        return self.memory or weights
+
+    def finish(self, network: nn.Module, trained: State) -> State:
+        self.memory = trained
+        return {}
+
+
 DEFAULT_STRATEGY: dict[str, Any] = {"name": "fedavg"}
-Strategy = Annotated[FedAvg | FedProx | Scaffold | FedOpt | FedBN | Ditto, Field(discriminator="name")]
+Strategy = Annotated[FedAvg | FedProx | Scaffold | FedOpt | FedBN | Ditto | Alone, Field(discriminator="name")]
 
 
 def _pick(message: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
