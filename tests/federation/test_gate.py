@@ -47,7 +47,8 @@ CALIBRATION = {"ece": 0.1, "brier": 0.2, "bins": [{"confidence": 0.5, "accuracy"
 EVALUATION = {
     "split": "test", "task": "classification", "cases": 40, "patients": None, "min_cell": 5,
     "classes": {"normal": 20, "pneumonia": 20}, "training": COUNTS, "validation": COUNTS, "skipped": 0, "seconds": 0.1,
-    "judged": "global", "auroc": 0.8, "auroc_ci": [0.7, 0.9], "accuracy": 0.7, "accuracy_ci": None, "balanced_accuracy": None,
+    "judged": "global", "auroc": 0.8, "auroc_ci": [0.7, 0.9], "accuracy": 0.7, "accuracy_ci": None,
+    "balanced_accuracy": None,
     "per_class": {"pneumonia": CLASS}, "subgroups": {"sex": {"F": {"cases": 20, "auroc": None, "auroc_ci": None}}},
     "calibration": CALIBRATION,
 }  # fmt: skip
