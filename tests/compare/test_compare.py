@@ -17,7 +17,7 @@ from fedimaging.compare.runs import POOLED, Comparison, Result, Runner, pool
 from fedimaging.datasets.synthetic import synthesize
 from fedimaging.errors import FedImagingError
 from fedimaging.training.loop import Site
-from tests.federation.test_simulator import REPOSITORY
+from tests.conftest import REPOSITORY
 
 FEDAVG, FEDBN = (REPOSITORY / "jobs" / f"chest_xray_{name}" for name in ("fedavg", "fedbn"))
 SMALL = {

@@ -12,7 +12,7 @@ from fedimaging.simulator import simulate
 from fedimaging.training.loop import Site
 from fedimaging.training.rounds import run_rounds
 from fedimaging.training.strategies import batch_norm_names
-from tests.federation.test_simulator import REPOSITORY
+from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.federation
 
