@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pexpect
 
@@ -85,6 +88,32 @@ class AdminConsole:
             if asked <= 1:
                 return _DONE.sub("", "".join(replies)).strip()
             self.process.sendline(self.user if asked == 2 else "y")
+
+    def submit(self, job: Path) -> str:
+        """Submits a job folder, into which the console writes signatures. Returns the job's ID."""
+        reply = self.send(f"submit_job {job}")
+        found = re.search(r"Submitted job: (\S+)", reply)
+        if found is None:
+            raise AssertionError(f"{job} was not submitted: {reply}")
+        return found[1]
+
+    def finished(self, job_id: str, timeout: float = 900) -> dict[str, Any]:
+        """Waits until a job has ended, whichever way. Returns what the server keeps of it, with its ``status``."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            meta: dict[str, Any] = json.loads(self.send(f"list_jobs -d {job_id}"))
+            if meta["status"].startswith("FINISHED"):
+                return meta
+            time.sleep(0.5)
+        raise TimeoutError(f"job {job_id} has not ended after {timeout:.0f} s: {meta['status']}")
+
+    def download(self, job_id: str) -> Path:
+        """Downloads a job's result into the kit's ``transfer/``. Returns its folder."""
+        reply = self.send(f"download_job {job_id}")
+        found = re.search(r"content downloaded to (\S+)", reply)
+        if found is None:
+            raise AssertionError(f"job {job_id} was not downloaded: {reply}")
+        return Path(found[1]).resolve()
 
     def close(self) -> None:
         """Says good-bye, and ends whatever is left of the console."""
