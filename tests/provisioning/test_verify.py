@@ -313,6 +313,51 @@ def test_the_stand_alone_command_pins_refuses_and_says_why(kit, handed_over, tmp
     assert not (tmp_path / "second.json").exists()
 
 
+def _extra(kit, name):
+    (kit / name).parent.mkdir(exist_ok=True)
+    (kit / name).write_bytes(b"\0")
+
+
+def _take(kit, other, *names):
+    for name in names:
+        shutil.copy(other / name, kit / name)
+
+
+PACKAGE_SIGNATURE = ("package_manifest.json", "package_manifest.sig", "code_signing.pem")
+START_ATTACKS = {
+    "a byte of a start script": (lambda kit, *_: append(kit / "startup/start.sh"), "changed      startup/start.sh"),
+    "a byte of the package": (lambda kit, *_: append(kit / PACKAGE / "cli.py"), f"changed      {PACKAGE}/cli.py"),
+    "a byte of the certificate": (lambda kit, *_: append(kit / "startup/client.crt", "x"), "startup/client.crt"),
+    "a stray source file": (lambda kit, *_: _extra(kit, "local/custom/sitecustomize.py"), "extra        local/custom"),
+    "a stray bytecode file": (
+        lambda kit, *_: _extra(kit, f"{PACKAGE}/__pycache__/cli.cpython-311.pyc"), f"extra        {PACKAGE}/__pycache__"
+    ),
+    "another root": (
+        lambda kit, stranger, _: _take(kit, stranger, "startup/rootCA.pem", "startup/client.crt", "startup/client.key"),
+        "root         startup/rootCA.pem",
+    ),
+    "a package signed by another key": (
+        lambda kit, stranger, _: _take(kit, stranger, *PACKAGE_SIGNATURE), "code key     code_signing.pem"
+    ),
+    "another hospital's kit": (
+        lambda kit, _, neighbour: shutil.copytree(neighbour, kit, dirs_exist_ok=True), "name         kit_manifest.json"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", START_ATTACKS)
+def test_start_refuses_and_nothing_of_the_kit_runs(kit, handed_over, strangers, tmp_path, attack):
+    pins(handed_over, "hospital-a").write(tmp_path / "pins.json")
+    change, said = START_ATTACKS[attack]
+    change(kit, strangers.folder / "kits/hospital-a", handed_over.kits / "hospital-b")
+    done = run("start", kit, "--pins", tmp_path / "pins.json")
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "do not start this kit" in done.stderr
+    assert kit_file.processes(kit) == []
+    assert not (kit / "console.log").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
