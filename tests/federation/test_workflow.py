@@ -1,13 +1,19 @@
-"""What comes after its round was closed is recorded and not averaged."""
+"""What the server makes of results that it should not take as they come."""
 
 import json
 
+import numpy as np
 import pytest
 from nvflare.apis.client import Client
+from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
+from nvflare.app_common.abstract.fl_model import FLModel
 
+from fedimaging.errors import Reason
+from fedimaging.federation.protocol import REPORT
 from fedimaging.federation.workflow import FederatedAveraging
+from fedimaging.training.strategies import Server
 
 
 @pytest.fixture
@@ -26,3 +32,31 @@ def test_a_late_reply_is_recorded_and_not_averaged(workflow, tmp_path, told, rec
         "event": "late", "round": recorded, "site": "hospital-b"
     }  # fmt: skip
     assert workflow._received_count == 0
+
+
+@pytest.mark.parametrize("weight", [10**12, 41, 0, -40, True, 40.0, None])
+def test_a_result_with_an_unfit_weight_is_left_out(workflow, weight):
+    workflow._wanted = {"w": (2,)}
+    meta = {FLMetaKey.NUM_STEPS_CURRENT_ROUND: weight, REPORT: {"cases": 40}, "client_name": "hospital-b"}
+    if weight == 10**12:
+        meta[REPORT]["cases"] = weight
+    result = FLModel(params={"w": np.ones(2, np.float32)}, meta=meta)
+    assert workflow._aggregate_one_result(result) is False
+    assert workflow._refused == {"hospital-b": Reason.BAD_MODEL.value}
+    assert not workflow._sites
+
+
+def test_a_site_that_is_not_asked_this_round_still_counts_among_all(workflow, monkeypatch):
+    class Recorder(Server):
+        def update(self, weights, mean, share):
+            self.share = share
+            return super().update(weights, mean, share)
+
+    workflow._server = Recorder()
+    monkeypatch.setattr(workflow, "broadcast_model", lambda **kwargs: None)
+    for asked in (["a", "b", "c"], ["a", "b"]):
+        workflow.send_model(targets=asked)
+    workflow._received_count = 2
+    model, mean = (FLModel(params={"w": np.full(2, value, np.float32)}) for value in (0.0, 1.0))
+    assert workflow.update_model(model, mean).params["w"].tolist() == [1, 1]
+    assert workflow._server.share == pytest.approx(2 / 3)

@@ -50,6 +50,8 @@ from fedimaging.version import package_hash, require
 
 _POLL_SECONDS = 0.1
 _SYNC_SECONDS = 2.0
+_MOST_CASES = 10**7
+"""a site that says it used more in a round is not believed: its weight would drown the others"""
 
 Seconds = Annotated[int, Field(ge=1, le=7 * 24 * 3600)]
 SiteName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -130,6 +132,7 @@ class FederatedAveraging(FlareFedAvg):
         self._quorum = Quorum(settings.min_clients, frozenset(settings.required_sites))
         self._earlier: EarlierRun | None = None
         self._asked: list[str] = []
+        self._members: set[str] = set()
         self._answered: set[str] = set()
         self._sites: dict[str, dict[str, Any]] = {}
         self._refused: dict[str, str] = {}
@@ -199,6 +202,7 @@ class FederatedAveraging(FlareFedAvg):
     ) -> None:
         self._round_started = time.monotonic()
         self._asked = [getattr(target, "name", target) for target in targets or self.sample_clients(None)]
+        self._members.update(self._asked)
         self._answered, self._sites, self._refused, self._bytes_in = set(), {}, {}, 0
         self._training, self._met_at = task_name == AppConstants.TASK_TRAIN, None
         self._give_up_without_quorum(outstanding=self._asked)
@@ -256,9 +260,9 @@ class FederatedAveraging(FlareFedAvg):
 
     def _aggregate_one_result(self, result: FLModel) -> bool:
         site = str(result.meta.get("client_name"))
-        if (fault := self._fault(result.params or {})) is not None:
+        if (fault := self._fault(result)) is not None:
             self._refused[site] = fault.value
-            self.error(f"site {site} sent weights that cannot be used ({fault.value}); left out")
+            self.error(f"site {site} sent a result that cannot be used ({fault.value}); left out")
             return False
         if self._server.equal_weights:
             result.meta[FLMetaKey.NUM_STEPS_CURRENT_ROUND] = 1
@@ -270,8 +274,12 @@ class FederatedAveraging(FlareFedAvg):
             self._peaks[site] = self._sites[site].pop("peak_memory") or 0
         return bool(accepted)
 
-    def _fault(self, params: dict[str, Any]) -> Reason | None:
-        """Why a site's result cannot be used: other tensors than the strategy's, or numbers that are not finite."""
+    def _fault(self, result: FLModel) -> Reason | None:
+        """Why a site's result cannot be used: other tensors than the strategy's, or a weight or numbers unfit."""
+        params, weight = result.params or {}, result.meta.get(FLMetaKey.NUM_STEPS_CURRENT_ROUND)
+        cases = (result.meta.get(REPORT) or {}).get("cases")
+        if type(weight) is not int or weight != cases or not 0 < weight <= _MOST_CASES:
+            return Reason.BAD_MODEL
         if {name: tuple(np.shape(value)) for name, value in params.items()} != {
             name: tuple(shape) for name, shape in self._wanted.items()
         }:
@@ -280,7 +288,7 @@ class FederatedAveraging(FlareFedAvg):
 
     def update_model(self, model: FLModel, aggr_result: FLModel) -> FLModel:
         """The strategy's server half makes the new global weights of the old ones and the sites' mean."""
-        share = self._received_count / len(self._asked)
+        share = self._received_count / len(self._members)
         weights = self._server.update(to_state(model.params), to_state(aggr_result.params), share)
         aggr_result.params = to_parameters(weights)
         return super().update_model(model, aggr_result)

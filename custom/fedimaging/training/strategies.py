@@ -118,7 +118,7 @@ class Server:
         Args:
             weights: what the round started from.
             mean: mean over the sites' results; a weight that no site sends is not in it and stays.
-            share: sites in the mean, of all sites asked.
+            share: sites in the mean, of all that take part in the job, whether asked this round or not.
         """
         return {**weights, **mean}
 
