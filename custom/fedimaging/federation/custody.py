@@ -66,7 +66,9 @@ class JobFacts:
                 str(app), workspace.get_file_path_in_startup("rootCA.pem")
             )
         said = (meta.get(JobMetaKey.SUBMITTER_NAME), "", meta.get(JobMetaKey.SUBMITTER_ROLE))
-        submitter, _, role = signers[0] if len(signers) == 1 else said
+        # Certificates of sites chain to the root too; those of people name a role.
+        signed = len(signers) == 1 and bool(signers[0][2])
+        submitter, _, role = signers[0] if signed else said
         config = Path(workspace.get_app_config_dir(job_id)) / CLIENT_CONFIG
         return cls(
             job_id=str(job_id),
@@ -75,7 +77,7 @@ class JobFacts:
             dataset=_clean(dataset, _NAME),
             submitter=_printable(submitter),
             role=_printable(role),
-            signed=len(signers) == 1,
+            signed=signed,
         )
 
 
