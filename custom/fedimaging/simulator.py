@@ -71,7 +71,7 @@ def make_workspace(folder: Path, data: Path, start_models: dict[str, Path] | Non
     grant_everything(local, datasets)
     (local / START_MODELS_FILE).unlink(missing_ok=True)
     if start_models:
-        names = {job: str(path.resolve()) for job, path in start_models.items()}
+        names = {job: {"file": str(path.resolve()), "submitter": None} for job, path in start_models.items()}
         (local / START_MODELS_FILE).write_text(yaml.safe_dump(names))
     return list(sites)
 

@@ -24,8 +24,8 @@ from fedimaging.training.settings import SeedSettings
 class NetworkPersistor(PTFileModelPersistor):
     """Builds the job's registered network with its seed, and keeps the last and the best global model.
 
-    A federation can start from an earlier model: the server's operator writes ``local/start_models.yml`` with
-    ``<job name>: <file>``. No setting of a job is a path, a class or a checkpoint.
+    A federation can start from an earlier model, which the server's operator names: :func:`start_model`. No setting
+    of a job is a path, a class or a checkpoint.
 
     Args:
         task: the job's task settings, from which the network's input and output follow.
@@ -77,22 +77,32 @@ class NetworkPersistor(PTFileModelPersistor):
 
     def _start_model(self, fl_ctx: FLContext) -> Path | None:
         local = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_site_config_dir())
-        job = (fl_ctx.get_prop(FLContextKey.JOB_META) or {}).get(JobMetaKey.JOB_NAME)
-        return start_model(local, str(job))
+        meta = fl_ctx.get_prop(FLContextKey.JOB_META) or {}
+        return start_model(local, str(meta.get(JobMetaKey.JOB_NAME)), meta.get(JobMetaKey.SUBMITTER_NAME))
 
 
-def start_model(local: Path, job: str) -> Path | None:
-    """The file that the operator named for a job in ``local/start_models.yml``, relative to it; None for none."""
+def start_model(local: Path, job: str, submitter: str | None) -> Path | None:
+    """The file that the operator named for a job in ``local/start_models.yml``, relative to it; None for none.
+
+    A line is ``<job name>: {file: <model file>, submitter: <who submits it>}``: a job of that name by anybody else
+    starts from new weights, as its result would tell of the model. Simulated jobs have no submitter.
+    """
     path = local / START_MODELS_FILE
     if not path.exists():
         return None
     try:
-        names = yaml.safe_load(path.read_text()) or {}
+        entries = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise FedImagingError(f"{path}: not YAML: {str(error).splitlines()[0]}", Reason.BAD_MODEL) from None
-    if not isinstance(names, dict) or not all(isinstance(value, str) for value in names.values()):
-        raise FedImagingError(f"{path}: expected lines of the form `<job name>: <model file>`", Reason.BAD_MODEL)
-    return local / names[job] if job in names else None
+    entry = entries.get(job) if isinstance(entries, dict) else entries
+    if entry is None:
+        return None
+    if not isinstance(entry, dict) or set(entry) != {"file", "submitter"} or not isinstance(entry["file"], str):
+        raise FedImagingError(
+            f"{path}: expected lines of the form `<job name>: {{file: <model file>, submitter: <name>}}`",
+            Reason.BAD_MODEL,
+        )
+    return local / entry["file"] if entry["submitter"] == submitter else None
 
 
 def load_weights(network: torch.nn.Module, path: Path) -> None:
