@@ -33,7 +33,7 @@ NAME = PACKAGE.name
 
 def contents() -> dict[str, bytes]:
     """The files of a package by their place in a kit."""
-    files = {f"local/custom/{NAME}/{name}": path.read_bytes() for name, path in package_sources().items()}
+    files = {f"local/custom/{NAME}/{name}": path.read_bytes() for name, path in package_sources(PACKAGE).items()}
     for lock in LOCKS:
         files[f"local/{lock.path.name}"] = lock.path.read_bytes()
         files[f"local/{lock.sbom_path.name}"] = sbom(lock)
