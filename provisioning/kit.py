@@ -474,7 +474,8 @@ def open_archive(archive: Path, passphrase: str, to: Path) -> Path:
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
     parts = PurePosixPath(member.name).parts
-    if PurePosixPath(member.name).is_absolute() or ".." in parts or not (member.isreg() or member.isdir()):
+    inside = not PurePosixPath(member.name).is_absolute() and ".." not in parts
+    if not inside or parts[:1] in {(_STAGING,), (_STAGED,)} or not (member.isreg() or member.isdir()):
         raise KitError(f"{member.name}: not a plain file inside the kit")
     path = folder.joinpath(*parts)
     if member.isdir():
@@ -613,7 +614,7 @@ def install(kit: Path, archive: Path, pins: Pins) -> dict[str, Any]:
     Returns:
         The manifest of the package.
     """
-    finish_installation(kit)
+    finish_installation(kit, pins)
     if running := processes(kit):
         raise KitError(f"{kit}: runs (process {running[0]}); stop it first")
     report = verify(kit, pins)
@@ -629,37 +630,85 @@ def install(kit: Path, archive: Path, pins: Pins) -> dict[str, Any]:
     work = kit / _STAGING
     shutil.rmtree(work, ignore_errors=True)
     for name, content in staged.items():
-        _write_whole(work / "new" / name, content)
-    _write_whole(work / "removed.json", json.dumps(sorted(set(old_names) - set(new))).encode())
+        _write_whole(work / name, content)
     work.rename(kit / _STAGED)
-    finish_installation(kit)
+    finish_installation(kit, pins)
     return package
 
 
 def rollback(kit: Path, pins: Pins) -> dict[str, Any]:
     """Installs the package that was in place before; a second rollback undoes the first."""
-    finish_installation(kit)
+    finish_installation(kit, pins)
     if not (kit / PREVIOUS).is_file():
         raise KitError(f"{kit}: no other package was installed before")
     return install(kit, kit / PREVIOUS, pins)
 
 
-def finish_installation(kit: Path) -> None:
-    """Moves the files of a staged package to their places; can be interrupted and repeated."""
-    staged = kit / _STAGED
-    if not staged.is_dir():
+def finish_installation(kit: Path, pins: Pins) -> None:
+    """Moves the files of a staged package to their places, if one is staged; can be interrupted and repeated.
+
+    What is staged is not trusted: nothing is moved or deleted unless all of it is of a package that the pinned key
+    signed. Raises KitError.
+    """
+    if not (kit / _STAGED).is_dir():
         return
-    for source in sorted(path for path in (staged / "new").rglob("*") if path.is_file()):
-        target = kit / source.relative_to(staged / "new")
+    staged, removed = _check_staged(kit, pins)
+    for name in staged:
+        target = kit / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        source.replace(target)
-    removed = staged / "removed.json"
-    for name in json.loads(removed.read_text()) if removed.exists() else ():
+        (kit / _STAGED / name).replace(target)
+    for name in removed:
         (kit / name).unlink(missing_ok=True)
     for folder in sorted((kit / "local" / "custom").rglob("*"), reverse=True):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    shutil.rmtree(staged)
+    shutil.rmtree(kit / _STAGED)
+
+
+def _check_staged(kit: Path, pins: Pins) -> tuple[list[str], list[str]]:
+    """What is staged to be moved into a kit, and what of the package before is to be deleted then.
+
+    Both are named by manifests that the pinned key signed. The first of them to be moved may be in place already.
+    """
+    staged = []
+    for name, info in _walk(kit):
+        if not stat.S_ISREG(info.st_mode):
+            raise _not_staged(kit, name, "a symbolic link or special file")
+        if name.startswith(f"{_STAGED}/"):
+            staged.append(name.removeprefix(f"{_STAGED}/"))
+
+    def read(name: str) -> bytes | None:
+        path = kit / _STAGED / name if name in staged else kit / name
+        return path.read_bytes() if path.is_file() else None
+
+    report = Report()
+    own = _trusted_manifest({name: read(name) for name in (MANIFEST, SIGNATURE, CODE_KEY)}, "kit", pins, report)
+    new = _trusted_manifest(
+        {name: read(name) for name in (PACKAGE_MANIFEST, PACKAGE_SIGNATURE, CODE_KEY)}, "package", pins, report
+    )
+    if own is None or new is None or own["settings"] is None:
+        where, why = (report.findings[0].where, report.findings[0].why) if report.findings else (_STAGED, "not signed")
+        raise _not_staged(kit, where, why)
+    signed = new["files"] | {RESOURCES: hash_bytes(resources_file(new, own))}
+    for name in staged:
+        if name in {PACKAGE_MANIFEST, PACKAGE_SIGNATURE, PREVIOUS}:
+            continue
+        if not (_is_packaged(name) or name == RESOURCES) or hash_file(kit / _STAGED / name) != signed.get(name):
+            raise _not_staged(kit, f"{_STAGED}/{name}", "was changed, or is no file of a package")
+    previous = kit / _STAGED / PREVIOUS if PREVIOUS in staged else kit / PREVIOUS
+    before = json.loads(read_package(previous, Pins(pins.participant, pins.root, pins.code))[PACKAGE_MANIFEST])
+    return staged, sorted(before["files"].keys() - new["files"].keys())
+
+
+def _not_staged(kit: Path, name: str, why: str) -> KitError:
+    return KitError(
+        f"{kit}: refused: an installation was begun, but {name}: {why}; nothing was moved; "
+        f"fetch the kit again, or look who wrote {_STAGED}"
+    )
+
+
+def _is_packaged(name: str) -> bool:
+    return bool(_PACKAGED.fullmatch(name)) and ".." not in name
 
 
 def read_package(archive: Path, pins: Pins) -> dict[str, bytes]:
@@ -681,7 +730,7 @@ def read_package(archive: Path, pins: Pins) -> dict[str, bytes]:
     for name in sorted(set(files) ^ {*named, *signed}):
         raise KitError(f"{archive}: refused: {name} is {'not signed' if name in files else 'missing'}")
     for name, sha256 in named.items():
-        if not _PACKAGED.fullmatch(name) or ".." in name or hash_bytes(files[name]) != sha256:
+        if not _is_packaged(name) or hash_bytes(files[name]) != sha256:
             raise KitError(f"{archive}: refused: {name} was changed, or is no file of a package")
     return {name: content for name, content in files.items() if name != CODE_KEY}
 
@@ -1104,8 +1153,9 @@ def _with_package(kit: Path, module: str, *arguments: str) -> int:
 
 def _run_start(arguments: argparse.Namespace) -> int:
     kit = arguments.kit.resolve()
-    finish_installation(kit)
-    if not _say(kit, verify(kit, Pins.read(arguments.pins))):
+    pins = Pins.read(arguments.pins)
+    finish_installation(kit, pins)
+    if not _say(kit, verify(kit, pins)):
         return 1
     sys.stdout.flush()
     if arguments.foreground or (kit / "startup" / "fl_admin.sh").exists():

@@ -80,7 +80,18 @@ def test_an_archive_is_not_unpacked_over_another_kit(handed_over, tmp_path):
         open_archive(handed_over.archives["hospital-a"], handed_over.passphrases["hospital-a"], tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/outside", "a/../../outside", "link", "device"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside",
+        "/etc/outside",
+        "a/../../outside",
+        "link",
+        "device",
+        ".installed/local/grants.yml",
+        "./.installing/x",
+    ],
+)
 def test_a_hostile_archive_writes_nothing_outside_the_kit(tmp_path, name):
     info = tarfile.TarInfo(name)
     if name == "link":

@@ -139,10 +139,70 @@ def test_an_installation_that_is_cut_short_while_it_moves_is_ended_at_the_next_s
         install(kit, newer, trusted)
     monkeypatch.undo()
     assert ("interrupted", ".installed") in {(finding.kind, finding.where) for finding in verify(kit, trusted).findings}
-    kit_file.finish_installation(kit)
+    kit_file.finish_installation(kit, trusted)
     assert verify(kit, trusted).findings == []
     assert version(kit) == "0.2.0"
     assert rollback(kit, trusted)["version"] == fedimaging.__version__
+
+
+@pytest.fixture
+def begun(kit, newer, trusted, tmp_path, monkeypatch):
+    """A kit into which a genuine installation was cut short, and its pins in a file."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupted(patch, Path, "replace", 3)
+        install(kit, newer, trusted)
+    trusted.write(tmp_path / "pins.json")
+    return kit
+
+
+def staged(kit, files):
+    """What an attacker who can write the kit, or the archive on its way, would have the next start move."""
+    for name, content in files.items():
+        path = kit / ".installed" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("command", ["start", "install", "rollback"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"new/local/grants.yml": b"grants: [everything]", "removed.json": b'["../victim.txt"]'},
+        {"local/grants.yml": b"grants: [everything]"},
+        {"startup/start.sh": b"rm -rf /"},
+        {f"{CODE}/cli.py": b"import os"},
+        {"kit_manifest.json": b"{}"},
+        {"local/resources.json.default": b"{}"},
+        {"package_manifest.json": b'{"files": {"local/grants.yml": ""}}'},
+    ],
+)
+def test_what_is_staged_is_not_believed(begun, tmp_path, files, command, capsys):
+    """Not even if a genuine installation was cut short: nothing is moved or deleted, in the kit or outside."""
+    (tmp_path / "victim.txt").write_text("of another")
+    staged(begun, files)
+    before = tree(tmp_path)
+    more = ["new.package"] if command == "install" else []
+    assert kit_file.main([command, str(begun), *more, "--pins", str(tmp_path / "pins.json")]) == 2
+    assert "refused: an installation was begun, but" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_an_installation_is_not_moved_through_a_link_out_of_the_kit(begun, trusted, tmp_path):
+    shutil.move(begun / "local/custom", tmp_path / "elsewhere")
+    (begun / "local/custom").symlink_to(tmp_path / "elsewhere")
+    before = tree(tmp_path)
+    with pytest.raises(KitError, match=r"local/custom: a symbolic link"):
+        kit_file.finish_installation(begun, trusted)
+    assert tree(tmp_path) == before
+
+
+def test_a_package_that_is_staged_but_signed_by_another_is_not_installed(kit, trusted):
+    files = contents()
+    staged(kit, files | signature_files(manifest(files), STRANGER))
+    before = tree(kit)
+    with pytest.raises(KitError, match="signed by another key than the pinned one"):
+        kit_file.finish_installation(kit, trusted)
+    assert tree(kit) == before
 
 
 def repacked(archive, folder, change):
