@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 
 import pytest
 
@@ -15,9 +17,10 @@ from fedimaging.version import package_hash
 from provisioning import kit as kit_file
 from provisioning import package as site_package
 from provisioning.cli import main
+from provisioning.keys import Keys
 from provisioning.kit import KitError, Pins, processes, service_unit, verify
 from provisioning.package import write_package
-from tests.provisioning.conftest import PATIENCE, pins, said, wait_for
+from tests.provisioning.conftest import PASSPHRASE, PATIENCE, pins, said, wait_for
 
 SCRIPT = kit_file.__file__
 
@@ -49,9 +52,54 @@ def test_the_unit_lets_the_kit_write_into_its_folder_and_reach_the_server_only(k
     assert said["CapabilityBoundingSet"] == said["AmbientCapabilities"] == ""
     assert said["NoNewPrivileges"] == "yes"
     assert said["User"] == "fedimaging"
-    verifying = f"{SCRIPT} verify {kit} --pins {tmp_path / 'pins.json'}"
-    assert said["ExecStartPre"].endswith(verifying)
     assert "@" not in re.sub(r"@(?:system-service|privileged)", "", unit(kit, tmp_path))
+
+
+def as_systemd_does(text):
+    """Runs the unit's commands in their order, as far as they succeed. Returns the last exit code."""
+    code = 0
+    for line in re.findall(r"^Exec\w+=(.*)$", text, re.MULTILINE):
+        python, isolated, script, *arguments = shlex.split(line)
+        assert (python, isolated, script) == (sys.executable, "-I", SCRIPT)
+        if code := kit_file.main(arguments):
+            break
+    return code
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Which kits were started; none really is."""
+    started = []
+    monkeypatch.setattr(kit_file, "run", lambda kit: started.append(kit) or 0)
+    return started
+
+
+def test_the_service_starts_a_kit_that_verifies_and_no_other(kit, handed_over, tmp_path, started, capsys):
+    pins(handed_over, "hospital-a").write(tmp_path / "pins.json")
+    assert as_systemd_does(unit(kit, tmp_path)) == 0
+    assert started == [kit]
+    text = unit(kit, tmp_path)
+    (kit / "startup/start.sh").write_text("")
+    assert as_systemd_does(text) == 1
+    assert "changed      startup/start.sh" in capsys.readouterr().err
+    assert started == [kit]
+
+
+def test_after_a_power_cut_during_an_installation_the_service_ends_it_and_starts(
+    kit, handed_over, tmp_path, monkeypatch, started
+):
+    trusted = pins(handed_over, "hospital-a")
+    trusted.write(tmp_path / "pins.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(fedimaging, "__version__", "0.1.7")
+        write_package(tmp_path / "new.package", Keys.read(handed_over.folder, PASSPHRASE).code_key)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(kit_file.Path, "replace", lambda *_: sys.exit("power cut"))
+        kit_file.install(kit, tmp_path / "new.package", trusted)
+    assert [finding.kind for finding in verify(kit, trusted).findings] == ["interrupted"]
+    assert as_systemd_does(unit(kit, tmp_path)) == 0
+    assert started == [kit]
+    assert json.loads((kit / "package_manifest.json").read_text())["version"] == "0.1.7"
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
