@@ -16,6 +16,7 @@ from fedimaging.governance.grants import (
     Kind,
     NoConsentError,
     Request,
+    config_hash,
     decide,
     grant_everything,
     read_grants,
@@ -264,3 +265,9 @@ def test_a_mistake_is_one_line_and_changes_nothing(site, run, arguments, words):
 def test_a_folder_that_is_no_site_s_is_told(tmp_path, capsys):
     assert main(["grant", "list", "--site", str(tmp_path / "nowhere")]) == 2
     assert "no site's folder" in capsys.readouterr().err
+
+
+def test_the_hash_of_a_configuration_is_of_what_it_says():
+    submitted = config_hash(b'{"a": 1, "b": [2]}')
+    assert submitted == config_hash(b'{"b":[2],\n\t"a":1}')
+    assert submitted != config_hash(b'{"a": 1, "b": [3]}')

@@ -73,11 +73,11 @@ def find_job(site: Path, job: str) -> Asked:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         (executor,) = json.loads(raw)["executors"]
-        name, settings = str(meta["name"]), dict(executor["executor"]["args"])
+        name, settings, said = str(meta["name"]), dict(executor["executor"]["args"]), config_hash(raw)
     except (OSError, ValueError, KeyError, TypeError):
         raise FedImagingError(f"{folder}: no job of this programme") from None
     rounds = _rounds(configs[0].with_name("config_fed_server.json"))
-    asked = Asked(name, job if deployed else None, config_hash(raw), settings, rounds)
+    asked = Asked(name, job if deployed else None, said, settings, rounds)
     lines = [record for record in read_records(site) if deployed and record.get("job_id") == job]
     if not lines:
         return asked

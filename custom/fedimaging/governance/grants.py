@@ -15,6 +15,7 @@ missing, unreadable, writable by everybody or wrong in any entry means no.
 """
 
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -165,8 +166,13 @@ def _not_them(grant: Grant, request: Request) -> str:
 
 
 def config_hash(raw: bytes) -> str:
-    """SHA-256 of a job's ``config_fed_client.json``, byte by byte as ``sha256sum`` gives it."""
-    return hashlib.sha256(raw).hexdigest()
+    """SHA-256 of what a job's ``config_fed_client.json`` says: FLARE's own commands write it anew with other spaces.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    said = json.dumps(json.loads(raw), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 class GrantsFile:
