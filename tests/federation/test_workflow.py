@@ -11,7 +11,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel
 
 from fedimaging.errors import Reason
-from fedimaging.federation.protocol import REPORT
+from fedimaging.federation.protocol import COUNTED, REPORT
 from fedimaging.federation.workflow import FederatedAveraging
 from fedimaging.training.strategies import Server
 
@@ -44,6 +44,23 @@ def test_a_result_with_an_unfit_weight_is_left_out(workflow, weight):
     assert workflow._aggregate_one_result(result) is False
     assert workflow._refused == {"hospital-b": Reason.BAD_MODEL.value}
     assert not workflow._sites
+
+
+def test_sites_are_told_which_of_their_results_counted_last_where_the_strategy_asks(workflow, monkeypatch):
+    told = []
+    monkeypatch.setattr(workflow, "broadcast_model", lambda data, **_: told.append(data.meta.get(COUNTED)))
+    model = FLModel(params={"w": np.zeros(2, np.float32)})
+    for acknowledges in (True, False):
+        workflow._server = Server()
+        workflow._server.acknowledges = acknowledges
+        for number, contributed in enumerate([["a", "b"], ["b"], ["a"]]):
+            workflow.current_round = number
+            workflow.send_model(data=model, targets=["a", "b"])
+            workflow._sites = {site: {} for site in contributed}
+            workflow._received_count = len(contributed)
+            workflow.update_model(FLModel(params=model.params), FLModel(params=model.params))
+    assert told == [{}, {"a": 0, "b": 0}, {"a": 0, "b": 1}, None, None, None]
+    assert COUNTED not in model.meta
 
 
 def test_a_site_that_is_not_asked_this_round_still_counts_among_all(workflow, monkeypatch):

@@ -256,6 +256,51 @@ def test_scaffold_moves_its_control_by_the_share_of_sites_that_answered():
     assert torch.equal(server.controls["1.weight"], torch.ones(1, WIDTH).double())
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_scaffold_s_server_keeps_the_mean_of_the_sites_where_results_do_not_count(tmp_path, restarted):
+    """In the first round the first site's result comes late, in the third the second one's is stopped at the gate."""
+    keeps = [tmp_path / "a.pt", tmp_path / "b.pt"]
+
+    def start():
+        return [
+            make_site(rows, {"name": "scaffold"}, name=str(i), epochs=2, keep=keep)
+            for i, (rows, keep) in enumerate(zip(PROBLEMS, keeps, strict=True))
+        ]
+
+    members = start()
+    server = members[0].strategy.server(members[0].network)
+    weights, last = exchanged(members[0].network.state_dict()), [None, None]
+    for number, counting in enumerate([(1,), (0, 1), (0,), (0, 1), ()]):
+        message = server.outgoing(weights)
+        members = start() if restarted else members
+        states = [site.receive(message, counted) for site, counted in zip(members, last, strict=True)]
+        own = [site.local.memory["1.weight"] for site in members]
+        assert close(server.controls["1.weight"], sum(own) / 2), f"before round {number}"
+        results = [site.train(state, number, 5) for site, state in zip(members, states, strict=True)]
+        if counting:
+            mean = {name: torch.stack([results[i].sent[name] for i in counting]).mean(0) for name in results[0].sent}
+            weights = server.update(weights, mean, share=len(counting) / 2)
+        last = [number if i in counting else counted for i, counted in enumerate(last)]
+    assert float(server.controls["1.weight"].abs().max()) > 0.1
+
+
+def test_a_site_that_lost_its_control_variate_says_so_and_stays_out():
+    site = make_site(PROBLEMS[0], {"name": "scaffold"})
+    with pytest.raises(FedImagingError, match="control variate of this site is lost") as caught:
+        site.receive(message_of(site), counted=3)
+    assert caught.value.reason is Reason.BAD_MODEL
+
+
+def test_what_one_strategy_keeps_at_a_site_is_nothing_to_another(tmp_path):
+    keep = tmp_path / "strategy.pt"
+    first = make_site(PROBLEMS[0], {"name": "ditto"}, keep=keep)
+    first.train(first.receive(message_of(first)), 0, 2)
+    again = make_site(PROBLEMS[0], {"name": "ditto"}, keep=keep)
+    assert torch.equal(again.local.memory["1.weight"], first.local.memory["1.weight"])
+    other = make_site(PROBLEMS[0], {"name": "alone", "give_model": True}, keep=keep)
+    assert not other.local.memory
+
+
 def test_fedopt_with_plain_sgd_at_rate_one_is_fedavg():
     strategy = {"name": "fedopt", "optimizer": "sgd", "learning_rate": 1.0, "momentum": 0.0}
     assert close(weights_after(4, strategy, epochs=3), weights_after(4, epochs=3))
@@ -357,7 +402,7 @@ def test_what_stays_at_the_site_outlives_the_process(tmp_path, name):
     first.train(weights, 0, 2)
     assert keep.stat().st_mode & 0o777 == 0o600
     second = make_site(rows, {"name": name}, network=network, keep=keep)
-    results = [site.train(site.receive(message), 1, 2) for site in (first, second)]
+    results = [site.train(site.receive(message, counted=0), 1, 2) for site in (first, second)]
     assert all(torch.equal(results[0].sent[key], results[1].sent[key]) for key in results[0].sent)
     fresh = make_site(rows, {"name": name}, network=network)
     fresh.train(fresh.receive(message), 1, 2)

@@ -6,7 +6,7 @@ import nvflare.client as flare
 from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
-from fedimaging.federation.protocol import REPORT, VALIDATE_LAST, to_parameters, to_state
+from fedimaging.federation.protocol import COUNTED, REPORT, VALIDATE_LAST, to_parameters, to_state
 from fedimaging.federation.session import AbortedError, Session
 
 log = logging.getLogger("fedimaging.federation.client_loop")
@@ -42,7 +42,8 @@ def answer(session: Session, model: FLModel) -> FLModel:
         if model.meta.get(VALIDATE_LAST):
             return FLModel(metrics=session.validation_metrics(state) or {"cases": 0})
         return FLModel(metrics=session.evaluation(state))
-    result, metrics = session.train(state, model.current_round or 0, model.total_rounds or 1)
+    counted = model.meta.get(COUNTED)
+    result, metrics = session.train(state, model.current_round or 0, model.total_rounds or 1, counted)
     return FLModel(
         params=to_parameters(result.sent),
         params_type=ParamsType.FULL,

@@ -40,6 +40,7 @@ def client_resources(gpus: int | str = 0, gpu_memory: int | str = 0) -> dict[str
             _component("resource_consumer", "resource_consumers.gpu_resource_consumer.GPUResourceConsumer"),
             _component("process_launcher", "job_launcher.client_process_launcher.ClientProcessJobLauncher"),
             _LONG_LIVED,
+            {"id": "app_deployer", "path": "fedimaging.federation.restarts.KeepingDeployer", "args": {}},
         ],
     }
 

@@ -1,6 +1,7 @@
 """What FLARE alone does not mend after a restart: a site is not in its jobs any more, a server's jobs run for ever."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 from nvflare.apis.client import Client
@@ -10,11 +11,15 @@ from nvflare.apis.fl_constant import RunProcessKey, SystemComponents
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_def import ALL_SITES, Job, JobMetaKey, RunStatus
 from nvflare.apis.job_scheduler_spec import DispatchInfo
+from nvflare.apis.workspace import Workspace
 from nvflare.private.admin_defs import MsgHeader, ReturnCode
 from nvflare.private.fed.server.job_runner import JobRunner
+from nvflare.private.fed.utils.app_deployer import AppDeployer
 from nvflare.private.fed.utils.fed_utils import extract_participants
 from nvflare.security.logging import secure_format_exception
 from nvflare.utils.job_launcher_utils import get_resource_manager_spec
+
+from fedimaging.federation.protocol import STRATEGY_FILE
 
 _REPLY_SECONDS = 60.0
 
@@ -93,6 +98,31 @@ class Restarts(FLComponent):
         job.meta[JobMetaKey.JOB_CLIENTS] = [participant.to_dict() for participant in participants.values()]
         replies = engine.start_client_job(job, {name: DispatchInfo(app, needs, token)}, fl_ctx)
         _check({reply.client_token: reply.reply for reply in replies})
+
+
+class KeepingDeployer(AppDeployer):
+    """A component of a site's main process: deploys jobs as FLARE does, which empties the job's run directory first.
+
+    A job that is deployed anew, because the site came back, finds again what its strategy keeps at the site.
+    """
+
+    def deploy(  # noqa: PLR0917 (FLARE's signature)
+        self,
+        workspace: Workspace,
+        job_id: str,
+        job_meta: dict[str, Any],
+        app_name: str,
+        app_data: bytes,
+        fl_ctx: FLContext,
+    ) -> str:
+        run_dir = Path(workspace.get_run_dir(job_id))
+        kept, aside = run_dir / STRATEGY_FILE, run_dir.with_name(f".{job_id}.{STRATEGY_FILE}")
+        if kept.exists():
+            kept.replace(aside)
+        fault = str(super().deploy(workspace, job_id, job_meta, app_name, app_data, fl_ctx) or "")
+        if aside.exists() and not fault:
+            aside.replace(kept)
+        return fault
 
 
 def _app_of(job: Job, site: str) -> str:

@@ -80,11 +80,16 @@ class Session:
         return self._site
 
     def train(
-        self, message: dict[str, torch.Tensor], round_number: int, rounds: int
+        self, message: dict[str, torch.Tensor], round_number: int, rounds: int, counted: Any = None
     ) -> tuple[RoundResult, dict[str, Any]]:
-        """One round from the message that arrived: the result, and the metrics of its weights on validation before."""
+        """One round from the message that arrived: the result, and the metrics of its weights on validation before.
+
+        Args:
+            counted: as the server says, ``{site: the last round whose mean its result is in}``.
+        """
         self._last_state = None
-        state = self.site.receive(message)
+        own = counted.get(self._site_name) if isinstance(counted, dict) else None
+        state = self.site.receive(message, own)
         metrics = self.validation_metrics(state)
         self.report({"stage": "validated", "round": round_number, "metrics": metrics}, always=True)
         result = self.site.train(state, round_number, rounds)

@@ -32,6 +32,7 @@ from fedimaging.federation.executor import deployed_config
 from fedimaging.federation.persistor import NetworkPersistor
 from fedimaging.federation.protocol import (
     ANSWERED,
+    COUNTED,
     PERSISTOR_ID,
     REASON_HEADER,
     REPORT,
@@ -136,6 +137,7 @@ class FederatedAveraging(FlareFedAvg):
         self._answered: set[str] = set()
         self._sites: dict[str, dict[str, Any]] = {}
         self._refused: dict[str, str] = {}
+        self._counted: dict[str, int] = {}
         self._bytes_in = 0
         self._training = False
         self._met_at: float | None = None
@@ -212,6 +214,8 @@ class FederatedAveraging(FlareFedAvg):
             if self._training:
                 data.params = to_parameters(self._server.outgoing(to_state(data.params)))
                 self._sent_bytes = sum(value.nbytes for value in data.params.values())
+                if self._server.acknowledges:
+                    data.meta = {**data.meta, COUNTED: dict(self._counted)}
         self.broadcast_model(
             task_name=task_name,
             data=data,
@@ -291,6 +295,7 @@ class FederatedAveraging(FlareFedAvg):
         share = self._received_count / len(self._members)
         weights = self._server.update(to_state(model.params), to_state(aggr_result.params), share)
         aggr_result.params = to_parameters(weights)
+        self._counted |= dict.fromkeys(self._sites, int(self.current_round or 0))
         return super().update_model(model, aggr_result)
 
     def _get_aggregated_result(self) -> FLModel:

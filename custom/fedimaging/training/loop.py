@@ -85,6 +85,7 @@ class Site:
         self.local = self.strategy.local(self.network)
         self._personal: State = {}
         self._personal_metric: float | None = None
+        self._trained: int | None = None
         self._keep = keep
         if keep is not None and keep.exists():
             self._recall(keep)
@@ -101,12 +102,16 @@ class Site:
         """Unreadable cases of the splits loaded so far."""
         return sum(len(split.unreadable) for split in self._splits.values())
 
-    def receive(self, message: Mapping[str, Tensor]) -> State:
+    def receive(self, message: Mapping[str, Tensor], counted: int | None = None) -> State:
         """The global weights of a message for training; the rest of it goes to the strategy.
+
+        Args:
+            counted: the last round whose mean this site's result is in, None for none or where no strategy asks.
 
         Raises:
             FedImagingError: BAD_MODEL if the message is not of the job's network and strategy.
         """
+        self.local.settle(self._trained, counted)
         weights = self.local.incoming(message)
         self._check_state(weights)
         return weights
@@ -136,6 +141,7 @@ class Site:
             )
         sent = self.local.finish(self.network, exchanged(trained))
         self.local.personalise(dict(weights), lambda state, local: exchanged(fit(state, local)[0]))
+        self._trained = round_number
         self._remember()
         return RoundResult(
             state=trained,
@@ -316,13 +322,23 @@ class Site:
             return
         part = self._keep.with_suffix(".part")
         part.touch(mode=0o600)
-        memory = {"memory": self.local.memory, "best": self._personal, "best_metric": self._personal_metric}
-        torch.save(memory, part)
+        kept = {
+            "strategy": self.strategy.model_dump(),
+            "round": self._trained,
+            "memory": self.local.memory,
+            "best": self._personal,
+            "best_metric": self._personal_metric,
+        }
+        torch.save(kept, part)
         part.replace(self._keep)
 
     def _recall(self, path: Path) -> None:
         kept = torch.load(path, map_location="cpu", weights_only=True)
-        self.local.memory, self._personal, self._personal_metric = kept["memory"], kept["best"], kept["best_metric"]
+        if kept["strategy"] != self.strategy.model_dump():
+            # The same run directory, deployed with another job: what one strategy keeps here another might send.
+            return
+        self._trained, self.local.memory = kept["round"], kept["memory"]
+        self._personal, self._personal_metric = kept["best"], kept["best_metric"]
 
     def _load_split(self, name: str) -> CaseCache:
         training = self.settings.training

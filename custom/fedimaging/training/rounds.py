@@ -32,7 +32,8 @@ def run_rounds(sites: Sequence[Site], rounds: int, *, steps: int | None = None) 
     server = sites[0].strategy.server(network)
     for number in range(rounds):
         message = server.outgoing(weights)
-        results = [site.train(site.receive(message), number, rounds, steps) for site in sites]
+        counted = number - 1 if number else None
+        results = [site.train(site.receive(message, counted), number, rounds, steps) for site in sites]
         counts = torch.tensor([1 if server.equal_weights else result.cases for result in results])
         mean = {
             name: torch.tensordot(counts.to(value) / counts.sum(), torch.stack([r.sent[name] for r in results]), dims=1)

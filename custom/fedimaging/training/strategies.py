@@ -26,6 +26,9 @@ Fit = Callable[[State, "Local"], State]
 CONTROL = "control/"
 """prefix of SCAFFOLD's control variates among the tensors of a message; no name of a weight holds a slash"""
 
+_PENDING = "pending/"
+"""prefix, in SCAFFOLD's memory, of control variates that stand for a result of which it is not known if it counted"""
+
 _COUNTERS = "num_batches_tracked"
 
 
@@ -77,6 +80,14 @@ class Local:
         """The weights of a message for training; whatever else it brings is taken in."""
         return dict(message)
 
+    def settle(self, trained: int | None, counted: int | None) -> None:
+        """Before a round: what became of this site's last result.
+
+        Args:
+            trained: the last round that this site trained in, None for none that it remembers.
+            counted: the last round whose mean this site's result is in, None for none.
+        """
+
     def start(self, weights: State) -> State:
         """What the round's training starts from, given the global weights."""
         return weights
@@ -107,6 +118,8 @@ class Server:
 
     equal_weights = False
     """whether sites count alike, not by their cases"""
+    acknowledges = False
+    """whether sites are told which of their results counted last"""
 
     def outgoing(self, weights: State) -> State:
         """The message that goes to the sites for training."""
@@ -198,24 +211,39 @@ class ScaffoldLocal(Local):
 
     With a constant rate the sum is K * eta as in the paper. With a schedule (x - y) / sum is the mean of the steps'
     directions weighted by their rates.
+
+    The server's c is the mean of the sites' c_i only if a change that it never took in (late, stopped at the gate,
+    refused) is none here either. So c_i+ waits until the next message says whether the result counted.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         parameters = dict(network.named_parameters())
-        self.memory = {name: torch.zeros_like(parameters[name], device="cpu") for name in trainable(network)}
+        self._names = trainable(network)
+        self.memory = {name: torch.zeros_like(parameters[name], device="cpu") for name in self._names}
         self._server: State = {}
         self._start: State = {}
         self._rates = 0.0
 
     def incoming(self, message: Mapping[str, Tensor]) -> State:
-        self._server = {name: _pick(message, CONTROL + name, own) for name, own in self.memory.items()}
+        self._server = {name: _pick(message, CONTROL + name, self.memory[name]) for name in self._names}
         return {key: value for key, value in message.items() if not key.startswith(CONTROL)}
+
+    def settle(self, trained: int | None, counted: int | None) -> None:
+        if counted is not None and trained is None:
+            raise FedImagingError(
+                "SCAFFOLD's control variate of this site is lost (strategy.pt in the job's run directory); the server "
+                "still counts with it, so this site takes no further part in the job",
+                Reason.BAD_MODEL,
+            )
+        pending = {name: self.memory.pop(_PENDING + name) for name in self._names if _PENDING + name in self.memory}
+        if counted == trained:
+            self.memory |= pending
 
     def begin(self, network: nn.Module) -> None:
         parameters = dict(network.named_parameters())
-        self._start = {name: parameters[name].detach().clone() for name in self.memory}
-        self._shift = {n: (self._server[n] - own).to(parameters[n]) for n, own in self.memory.items()}
+        self._start = {name: parameters[name].detach().clone() for name in self._names}
+        self._shift = {n: (self._server[n] - self.memory[n]).to(parameters[n]) for n in self._names}
         self._rates = 0.0
 
     def correct(self, network: nn.Module, rate: float) -> None:
@@ -226,17 +254,17 @@ class ScaffoldLocal(Local):
 
     def finish(self, network: nn.Module, trained: State) -> State:
         parameters, changes = dict(network.named_parameters()), {}
-        for name in self.memory:
+        for name in self._names:
             moved = (self._start[name] - parameters[name].detach()) / self._rates
             changes[CONTROL + name] = moved.cpu() - self._server[name]
-            self.memory[name] = self.memory[name] + changes[CONTROL + name]
+            self.memory[_PENDING + name] = self.memory[name] + changes[CONTROL + name]
         return trained | changes
 
 
 class ScaffoldServer(Server):
     """x + rate * (mean - x), and c + share * the mean change of the sites' control variates."""
 
-    equal_weights = True
+    equal_weights = acknowledges = True
 
     def __init__(self, network: nn.Module, rate: float) -> None:
         parameters = dict(network.named_parameters())
