@@ -72,7 +72,12 @@ def main() -> None:
         session = Session(settings.to_dict(), "hospital-a", local, folder)
         job = JobFacts("job", JOB.name, "0" * 64, settings.dataset, "", "", signed=False)
         custody = Custody.current = Custody(
-            site="hospital-a", folder=folder, local=local, job=job, declare=lambda: declare(settings)
+            site="hospital-a",
+            folder=folder,
+            local=local,
+            job=job,
+            declare=lambda: declare(settings),
+            groups=session.groups,
         )
         gate, fl_ctx = Gate(), FLContext()
         cases = len(resolve(settings.dataset, "hospital-a", local).manifest.training)

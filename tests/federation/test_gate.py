@@ -14,6 +14,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.private.privacy_manager import Scope
 
+from fedimaging import __version__
 from fedimaging.federation import executor as executor_file
 from fedimaging.federation.custody import Custody, JobFacts
 from fedimaging.federation.executor import gate_is_last
@@ -22,7 +23,11 @@ from fedimaging.federation.protocol import REASON_HEADER, REPORT
 from fedimaging.governance.grants import GRANTS_FILE, Grant, Kind, write_grants
 from fedimaging.governance.ledger import read_records, verify
 from fedimaging.tasks.classification import ClassificationEvaluation, ClassificationMetrics
+from fedimaging.tasks.declared import Evaluation, fault
+from fedimaging.tasks.segmentation import SegmentationEvaluation
+from fedimaging.training import declared as declared_file
 from fedimaging.training.declared import DeclaredResult
+from fedimaging.version import package_hash
 
 DECLARED = DeclaredResult(
     update={"conv.weight": (2, 3), "norm.running_var": (4,)},
@@ -34,8 +39,9 @@ DECLARED = DeclaredResult(
 )
 FIGURES = {
     "cases": 40, "seconds": 1.5, "loss": 0.5, "epoch_losses": [0.6, 0.5], "skipped": None, "peak_memory": 2**33,
-    "fedimaging": {"version": "1.0", "sha256": "ab" * 32},
+    "fedimaging": {"version": __version__, "sha256": package_hash()},
 }  # fmt: skip
+OWN_GROUPS = {"sex": ["F", "M"], "vendor": ["Vendor A"]}
 METRICS = {"auroc": 0.7, "loss": 0.4, "cases": 20}
 STEPS = np.linspace(0, 1, 21).round(4).tolist()
 COUNTS = {"cases": 40, "classes": {"normal": 20, "pneumonia": 20}}
@@ -84,7 +90,8 @@ def site(tmp_path, monkeypatch):
     write_grants(grants, [Grant(id="g", dataset="d", job="j", submitter="*", kinds=["train", "evaluate"], rounds=2)])
     job = JobFacts("job-1", "j", "5d" * 32, "d", "lead@example.org", "lead", signed=False)
     custody = Custody(
-        site="hospital-a", folder=tmp_path, local=tmp_path / "local", job=job, declare=lambda: DECLARED
+        site="hospital-a", folder=tmp_path, local=tmp_path / "local", job=job, declare=lambda: DECLARED,
+        groups=lambda: OWN_GROUPS,
     )  # fmt: skip
     monkeypatch.setattr(Custody, "current", custody)
 
@@ -138,10 +145,10 @@ def test_metrics_evaluations_and_a_whole_model_pass(site):
 def test_nothing_travels_beside_what_was_checked(site):
     result = update()
     result.set_header("pixels", [1, 2, 3])
-    result.set_header("current_round", 7)
+    result.set_header("current_round", 10**1000)
     reply = site.passed(result)
     assert "pixels" not in json.dumps(reply["__headers__"])
-    assert reply.get_header("current_round") == 7
+    assert reply.get_header("current_round") == 0
 
 
 IMAGE = np.linspace(0, 1, 64 * 64).reshape(64, 64)
@@ -170,7 +177,14 @@ HOSTILE = {
     "array in a list": (update(figures={"epoch_losses": IMAGE}), "report: epoch_losses"),
     "few cases": (update(figures={"cases": 3}), "a count below the minimum"),
     "few skipped": (update(figures={"skipped": 1}), "a count below the minimum"),
-    "text in the report": (update(figures={"fedimaging": {"version": SECRET + "^", "sha256": "ab" * 32}}), "version"),
+    "text in the report": (update(figures={"fedimaging": {"version": SECRET, "sha256": package_hash()}}), "version"),
+    "text as a hash": (update(figures={"fedimaging": {"version": __version__, "sha256": "d0e" + "0" * 61}}), "sha256"),
+    "a message as a count": (update(figures={"cases": 10**1000}), "cases"),
+    "a message as skipped": (update(figures={"skipped": 2**31}), "skipped"),
+    "a message as memory": (update(figures={"peak_memory": 10**1000}), "peak_memory"),
+    "a message as seconds": (update(figures={"seconds": 1e308}), "seconds"),
+    "a message as a loss": (update(figures={"loss": -7e200}), "loss"),
+    "a message as losses": (update(figures={"epoch_losses": [1.2e300, 0.5]}), "epoch_losses"),
     "another weight": (update(**{MetaKey.NUM_STEPS_CURRENT_ROUND: 10**6}), "not the number of cases"),
     "a hidden weight": (update(**{MetaKey.NUM_STEPS_CURRENT_ROUND: 40.0}), "not the number of cases"),
     "other meta data": (update(pixels=IMAGE), "other meta data"),
@@ -182,11 +196,21 @@ HOSTILE = {
     "something beside it": (Shareable({"image": IMAGE}), "beside the data exchange object"),
 }
 BINS = [{"confidence": 0.5, "accuracy": 0.5}]
-GROUPS = {str(i): {"cases": 20, "auroc": None, "auroc_ci": None} for i in range(3000)}
+GROUP = {"cases": 20, "auroc": None, "auroc_ci": None}
+GROUPS = {str(i): GROUP for i in range(3000)}
+NAMES = {f"PatientName=Doe^John PatientID={SECRET} {i:03}": GROUP for i in range(445)}
 HOSTILE_EVALUATIONS = {
     "scores for a curve": (curve(STEPS, IMAGE[0].tolist()), "tpr"),
     "a curve that falls": (curve(STEPS, STEPS[::-1]), "falls"),
     "free steps": (curve(IMAGE[0].tolist(), STEPS), "fixed"),
+    "a message as an interval": (evaluation(auroc_ci=[1.2e300, -7e200]), "auroc_ci"),
+    "a message as an interval of a class": (evaluation(per_class={"normal": {**CLASS, "sensitivity_ci": [0.5, 7e9]}}),
+                                            "sensitivity_ci"),
+    "an interval that falls": (evaluation(accuracy_ci=[0.9, 0.7]), "accuracy_ci: values that do not rise"),
+    "a message as seconds": (evaluation(seconds=1e308), "seconds"),
+    "a message as cases": (evaluation(cases=10**1000), "cases"),
+    "a message as the smallest count": (evaluation(min_cell=10**1000), "min_cell"),
+    "a message as a Brier score": (evaluation(calibration={**CALIBRATION, "brier": 1e300}), "brier"),
     "a row of an image": (evaluation(auroc_ci=IMAGE[0].tolist()), "auroc_ci: too long"),
     "another class": (evaluation(per_class={SECRET: CLASS}), "none of the job's classes"),
     "a patient as a class": (evaluation(classes={SECRET: 20}), "none of the job's classes"),
@@ -194,7 +218,10 @@ HOSTILE_EVALUATIONS = {
     "few patients": (evaluation(patients=2), "patients: a count below the minimum"),
     "a small group": (evaluation(subgroups={"sex": {"F": {"cases": 2, "auroc": None, "auroc_ci": None}}}), "minimum"),
     "another covariate": (evaluation(subgroups={"name": {SECRET: {}}}), "subgroups"),
-    "more bytes than declared": (evaluation(subgroups={"view": GROUPS}), "figures of more than"),
+    "texts as groups": (evaluation(subgroups={"vendor": NAMES}), "none of the groups"),
+    "numbers as groups": (evaluation(subgroups={"view": GROUPS}), "none of the groups"),
+    "a group of another covariate": (evaluation(subgroups={"sex": {"Vendor A": GROUP}}), "none of the groups"),
+    "a name beside the site's groups": (evaluation(subgroups={"sex": {"F": GROUP, SECRET: GROUP}}), "none of the gr"),
     "many bins": (evaluation(calibration={**CALIBRATION, "bins": BINS * 64}), "bins"),
     "not the test split": (evaluation(split=SECRET), "split"),
 }  # fmt: skip
@@ -215,6 +242,60 @@ def test_what_is_not_declared_is_stopped_written_down_and_not_quoted(site, task,
     assert words in line["gate"]
     assert SECRET not in json.dumps(line)
     assert (line["bytes_out"], line["sha256"], line["cases"]) == (0, None, None)
+
+
+SEGMENTATION = {
+    **{name: EVALUATION[name] for name in Evaluation.model_fields}, "task": "segmentation", "mean_dice": 0.8,
+    "mean_dice_ci": [0.7, 0.9], "mean_hd95": 3.5, "mean_hd95_ci": [2.0, 40.5], "subgroups": {},
+    "per_class": {"normal": {
+        "cases": 20, "dice": 0.8, "dice_ci": [0.7, 0.9], "dice_quantiles": [0.7, 0.8, 0.9], "hd95": 3.5,
+        "hd95_ci": [2.0, 40.5], "hd95_quantiles": [1.0, 3.5, 60.0],
+    }},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mean_dice_ci", [0.9, 0.7]),
+        ("mean_dice_ci", [0.1, 1.2e300]),
+        ("mean_hd95", 1e300),
+        ("mean_hd95_ci", [-7e200, 1.0]),
+        ("mean_hd95_ci", [1.0, 1.2e300]),
+        ("dice_ci", [0.5, 1.5]),
+        ("dice_quantiles", [0.9, 0.8, 0.7]),
+        ("hd95_ci", [1.2e300, -7e200]),
+        ("hd95_quantiles", [1.0, 2.0, 1e5]),
+        ("subgroups", {"vendor": {SECRET: {"cases": 20, "mean_dice": None, "mean_dice_ci": None}}}),
+    ],
+)
+def test_figures_of_a_segmentation_are_shares_and_distances(name, value):
+    context = DECLARED.context(5, OWN_GROUPS)
+    assert fault(SEGMENTATION, SegmentationEvaluation, context) is None
+    changed = json.loads(json.dumps(SEGMENTATION))
+    (changed if name in changed else changed["per_class"]["normal"])[name] = value
+    assert name in fault(changed, SegmentationEvaluation, context).replace(" ", "_")
+
+
+def test_figures_of_more_bytes_than_declared_are_stopped(site, monkeypatch):
+    monkeypatch.setattr(declared_file, "_FIGURES_BYTES", -3000)
+    assert site.passed(evaluation(), "validate").get_header(REASON_HEADER) == "stopped_at_gate"
+    assert "figures of more than" in last(site)["gate"]
+
+
+def test_all_that_a_task_may_tell_is_within_the_bytes_declared(site, monkeypatch):
+    """The widest figures that the types allow: no text and no free number is left to fill the rest with."""
+    third, widest = 1 / 3, {"cases": 2**31 - 1, "auroc": 1 / 3, "auroc_ci": [1 / 3, 2 / 3]}
+    names = {covariate: [f"{i:032}" for i in range(16)] for covariate in ("age_group", "sex", "vendor", "view")}
+    monkeypatch.setattr(site.custody, "groups", lambda: names)
+    curve = {"fpr": STEPS, "tpr": [third] * 21}
+    figures = {**CLASS, "auroc": third, "auroc_ci": [third, third], "threshold": third, "roc": curve}
+    whole = evaluation(
+        per_class=dict.fromkeys(DECLARED.classes, figures),
+        subgroups={covariate: dict.fromkeys(values, widest) for covariate, values in names.items()},
+    )
+    assert site.passed(whole, "validate").get_return_code() == ReturnCode.OK
+    assert last(site)["bytes_out"] < DECLARED.figures_bytes < 25_000
 
 
 def test_a_site_may_ask_for_larger_counts_but_not_for_smaller_ones(site):
@@ -259,7 +340,7 @@ def test_consent_that_is_gone_keeps_a_finished_result_back(site):
 def test_two_jobs_cannot_use_the_same_last_round(site, monkeypatch):
     other = Custody(
         site="hospital-a", folder=site.folder, local=site.folder / "local", job=site.custody.job,
-        declare=lambda: DECLARED,
+        declare=lambda: DECLARED, groups=lambda: OWN_GROUPS,
     )  # fmt: skip
     site.passed(update())
     first, second = site.custody.open("train", 1), other.open("train", 1)

@@ -136,6 +136,26 @@ def test_subgroups_are_told_only_if_none_of_them_is_small(predicted):
     assert task().evaluation(logits, small, logits, small, seed=0)["subgroups"] == {}
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["Doe^John", "Doe^Jane"],
+        ["x" * 33, "M"],
+        ["F\n", "M"],
+        ["\u00e9", "M"],
+        ["", "M"],
+        [f"room {i}" for i in range(17)],
+    ],
+)
+def test_a_covariate_that_is_free_text_is_withheld(predicted, names):
+    logits, _, labelled = predicted
+    cases = [c.model_copy(update={"sex": names[i % len(names)], "vendor": "GE Healthcare"})
+             for i, c in enumerate(labelled * 2)]  # fmt: skip
+    logits = logits.repeat(2, 1)
+    figures = task().evaluation(logits, cases, logits, cases, seed=0)
+    assert list(figures["subgroups"]) == ["vendor"]
+
+
 def manifest(labels, **changes):
     splits = {
         split: [

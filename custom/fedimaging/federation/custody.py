@@ -21,6 +21,7 @@ from fedimaging.federation.protocol import CLIENT_CONFIG
 from fedimaging.governance.grants import GRANTS_FILE, Grant, GrantsFile, Kind, NoConsentError, Request, config_hash
 from fedimaging.governance.grants import decide as find_grant
 from fedimaging.governance.ledger import PASSED, Entry, Ledger
+from fedimaging.tasks.statistics import Groups
 from fedimaging.training.declared import DeclaredResult
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ KINDS: Final = {
 """the tasks that a site knows, by what they do with its data"""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_LARGEST_ROUND = 2**31
 _TASK = re.compile(r"[A-Za-z0-9_]{1,32}")
 
 
@@ -164,14 +166,22 @@ class Custody:
         local: where the grants are.
         job: whose tasks they are.
         declare: gives what the job's results may hold; asked once, at the first result.
+        groups: gives the subgroups of the site's own cases.
     """
 
     current: "ClassVar[Custody | None]" = None
 
     def __init__(
-        self, *, site: str, folder: Path, local: Path, job: JobFacts, declare: Callable[[], DeclaredResult]
+        self,
+        *,
+        site: str,
+        folder: Path,
+        local: Path,
+        job: JobFacts,
+        declare: Callable[[], DeclaredResult],
+        groups: Callable[[], Groups],
     ) -> None:
-        self.job = job
+        self.job, self.groups = job, groups
         self.task: TaskInHand | None = None
         self._site, self._declare = site, declare
         self._declared: DeclaredResult | None = None
@@ -199,7 +209,7 @@ class Custody:
             dataset=job.dataset,
             task=_clean(task, _TASK),
             kind=kind,
-            round=round_number if isinstance(round_number, int) else None,
+            round=round_number if type(round_number) is int and 0 <= round_number < _LARGEST_ROUND else None,
             counts=counts,
         )
         request = (

@@ -112,6 +112,7 @@ class TrainerExecutor(ClientAPIExecutor):
                 local=Path(workspace.get_site_config_dir()),
                 job=JobFacts.read(fl_ctx, self.dataset),
                 declare=lambda: declare(session.settings),
+                groups=session.groups,
             )
             self._session = Session.current = session
         except Exception as error:

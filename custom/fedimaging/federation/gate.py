@@ -93,7 +93,9 @@ class Gate(Filter):
         if custody is None or task is None or task.closed:
             raise ContentBlockedException("blocked: the result is of no task that this site has in hand")
         try:
-            checked = check(shareable, task.entry.task, custody.declared, self.minimum)
+            checked = check(
+                shareable, task.entry.task, custody.declared, custody.declared.context(self.minimum, custody.groups())
+            )
             task.release(checked.cases, checked.size, checked.sha256)
         except StoppedError as stopped:
             self.log_error(fl_ctx, f"stopped at the gate: {stopped}", fire_event=False)
@@ -103,9 +105,8 @@ class Gate(Filter):
             self.log_error(fl_ctx, f"kept back ({error.reason.value}): {error}", fire_event=False)
             return refusal(error.reason)
         reply = checked.to_shareable()
-        round_number = shareable.get_header(AppConstants.CURRENT_ROUND)
-        if isinstance(round_number, int):
-            reply.set_header(AppConstants.CURRENT_ROUND, round_number)
+        if task.entry.round is not None:
+            reply.set_header(AppConstants.CURRENT_ROUND, task.entry.round)
         return reply
 
 
@@ -114,14 +115,13 @@ def refusal(reason: str | None, code: str = ReturnCode.EXECUTION_EXCEPTION) -> S
     return make_reply(code, {REASON_HEADER: str(reason)} if reason else None)
 
 
-def check(shareable: Shareable, task: str, declared: DeclaredResult, minimum: int) -> Checked:
-    """Compares a result with what its job declares.
+def check(shareable: Shareable, task: str, declared: DeclaredResult, context: Context) -> Checked:
+    """Compares a result with what its job declares, its figures in the context of the site.
 
     Raises:
         StoppedError: it holds anything else, lacks anything, or is not finite.
     """
     dxo = _content(shareable)
-    context = declared.context(minimum)
     meta, data = dict(dxo.meta or {}), dxo.data
     if task == AppConstants.TASK_VALIDATION:
         _require(dxo.data_kind == DataKind.METRICS, "the answer to a validation is no metrics")

@@ -14,7 +14,7 @@ from fedimaging import __version__
 from fedimaging.datasets.site import resolve
 from fedimaging.errors import FedImagingError, Reason
 from fedimaging.federation.protocol import PROGRESS_FILE, SERVER_MODEL, SITE_REPORT_FILE, STRATEGY_FILE
-from fedimaging.tasks.statistics import withhold
+from fedimaging.tasks.statistics import Groups, withhold
 from fedimaging.training.loop import AbortedError, RoundResult, Site, case_results, exchanged
 from fedimaging.training.settings import JobSettings
 from fedimaging.version import package_hash
@@ -62,6 +62,10 @@ class Session:
         if self._manifest_hash is None and self._site is not None:
             self._manifest_hash = self._site.dataset.manifest.digest()
         return self._manifest_hash
+
+    def groups(self) -> Groups:
+        """The subgroups of the site's own test cases; none before an evaluation loaded them."""
+        return {} if self._site is None else self._site.groups()
 
     @property
     def site(self) -> Site:

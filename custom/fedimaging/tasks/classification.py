@@ -22,14 +22,13 @@ from fedimaging.tasks.declared import (
     Calibration,
     ClassKey,
     Count,
-    Covariate,
     Evaluation,
-    Group,
-    Interval,
-    NotNegative,
+    Loss,
     Outgoing,
     RocCurve,
     Share,
+    ShareInterval,
+    Subgroups,
 )
 
 
@@ -72,7 +71,7 @@ class ClassificationSettings(TaskSettings):
 
 class ClassificationMetrics(Outgoing):
     auroc: Share | None = None
-    loss: NotNegative | None = None
+    loss: Annotated[Loss, Field(ge=0)] | None = None
     accuracy: Share | None = None
     balanced_accuracy: Share | None = None
     sensitivity: Share | None = None
@@ -82,30 +81,30 @@ class ClassificationMetrics(Outgoing):
 
 class ClassFigures(Outgoing):
     auroc: Share | None
-    auroc_ci: Interval | None
+    auroc_ci: ShareInterval | None
     threshold: Share | None
     roc: RocCurve | None
     sensitivity: Share | None
-    sensitivity_ci: Interval | None
+    sensitivity_ci: ShareInterval | None
     specificity: Share | None
-    specificity_ci: Interval | None
+    specificity_ci: ShareInterval | None
 
 
 class SubgroupFigures(Outgoing):
     cases: Count
     auroc: Share | None
-    auroc_ci: Interval | None
+    auroc_ci: ShareInterval | None
 
 
 class ClassificationEvaluation(Evaluation):
     auroc: Share | None
-    auroc_ci: Interval | None
+    auroc_ci: ShareInterval | None
     accuracy: Share | None
-    accuracy_ci: Interval | None
+    accuracy_ci: ShareInterval | None
     balanced_accuracy: Share | None
     per_class: dict[ClassKey, ClassFigures]
     calibration: Calibration | None
-    subgroups: dict[Covariate, dict[Group, SubgroupFigures]]
+    subgroups: Subgroups[SubgroupFigures]
 
 
 class Classification(Task):

@@ -5,12 +5,22 @@ leave. The validation context (:class:`Context`) holds what depends on the job a
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypedDict, cast
+from typing import Annotated, Any, Final, Literal, TypedDict, TypeVar, cast
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
-from fedimaging.tasks.statistics import CALIBRATION_BINS, ROC_BINS
+from fedimaging import __version__
+from fedimaging.tasks.statistics import CALIBRATION_BINS, ROC_BINS, Groups
+from fedimaging.version import package_hash
+
+_LARGEST_COUNT: Final = 2**31 - 1
+_LARGEST_MEMORY: Final = 2**44
+_LARGEST_FLOAT: Final = float(np.finfo(np.float32).max)
+_LONGEST: Final = 1e7
+"""seconds; four months"""
+_FARTHEST: Final = 1e4
+"""mm; no volume has a longer diagonal"""
 
 
 class Context(TypedDict):
@@ -20,6 +30,8 @@ class Context(TypedDict):
     """the smallest count above zero that may leave"""
     classes: tuple[str, ...]
     epochs: int
+    groups: Groups
+    """the subgroups of the site's own cases, by covariate"""
 
 
 class Outgoing(BaseModel):
@@ -40,20 +52,37 @@ def _only(allowed: Callable[[Any, Context], bool], what: str) -> AfterValidator:
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+Loss = Annotated[float, Field(ge=-_LARGEST_FLOAT, le=_LARGEST_FLOAT)]
+Seconds = Annotated[float, Field(ge=0, le=_LONGEST)]
+Distance = Annotated[float, Field(ge=0, le=_FARTHEST)]
+"""in mm"""
+_Rising = _only(lambda values, _: values == sorted(values), "values that do not rise")
+ShareInterval = Annotated[list[Share], Field(min_length=2, max_length=2), _Rising]
+DistanceInterval = Annotated[list[Distance], Field(min_length=2, max_length=2), _Rising]
+ShareQuartiles = Annotated[list[Share], Field(min_length=3, max_length=3), _Rising]
+DistanceQuartiles = Annotated[list[Distance], Field(min_length=3, max_length=3), _Rising]
 Count = Annotated[
-    int, Field(ge=0), _only(lambda count, context: not 0 < count < context["minimum"], "a count below the minimum")
+    int,
+    Field(ge=0, le=_LARGEST_COUNT),
+    _only(lambda count, context: not 0 < count < context["minimum"], "a count below the minimum"),
 ]
 """of cases or patients: zero, or at least the site's minimum"""
 ClassKey = Annotated[str, _only(lambda name, context: name in context["classes"], "none of the job's classes")]
 Losses = Annotated[
-    list[float],
+    list[Loss],
     Field(min_length=1),
     _only(lambda values, context: len(values) <= context["epochs"], "more values than epochs"),
 ]
-Group = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Covariate = Literal["age_group", "sex", "vendor", "view"]
+Figures = TypeVar("Figures")
+Subgroups = Annotated[
+    dict[Covariate, dict[str, Figures]],
+    _only(
+        lambda groups, context: all(set(of) <= set(context["groups"].get(name, ())) for name, of in groups.items()),
+        "none of the groups of the site's own cases",
+    ),
+]
+"""figures by covariate and group; a group's name is one that the site's manifest has, and simple"""
 
 _STEPS = np.linspace(0, 1, ROC_BINS + 1).round(4).tolist()
 
@@ -79,25 +108,26 @@ class Calibration(Outgoing):
 
     ece: Share
     bins: Annotated[list[CalibrationBin], Field(max_length=CALIBRATION_BINS)]
-    brier: Annotated[float, Field(ge=0)]
+    brier: Annotated[float, Field(ge=0, le=1000)]
+    """squared errors summed over the classes, of which a job has at most 1000"""
 
 
 class PackageFigures(Outgoing):
-    """Which version of this package made a result."""
+    """Which version of this package made a result: the one that runs here, and no other text."""
 
-    version: Annotated[str, StringConstraints(max_length=64, pattern=r"^[0-9A-Za-z.+-]+$")]
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    version: Annotated[str, _only(lambda version, _: version == __version__, "another version than this")]
+    sha256: Annotated[str, _only(lambda digest, _: digest == package_hash(), "another package than this")]
 
 
 class RoundFigures(Outgoing):
     """A round of training: how many cases, how long, how well."""
 
     cases: Count
-    seconds: NotNegative
-    loss: float
+    seconds: Seconds
+    loss: Loss
     epoch_losses: Losses
     skipped: Count | None
-    peak_memory: Annotated[int, Field(ge=0)]
+    peak_memory: Annotated[int, Field(ge=0, le=_LARGEST_MEMORY)]
     fedimaging: PackageFigures
 
 
@@ -113,12 +143,12 @@ class Evaluation(Outgoing):
     task: Literal["classification", "segmentation"]
     cases: Count | None
     patients: Count | None
-    min_cell: Annotated[int, Field(ge=1)]
+    min_cell: Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
     classes: dict[ClassKey, Count | None]
     training: SplitCounts
     validation: SplitCounts
     skipped: Count | None
-    seconds: NotNegative
+    seconds: Seconds
     judged: Literal["personal", "global"]
 
 

@@ -39,13 +39,16 @@ from fedimaging.tasks.base import Item, Task, TaskSettings, require_splits
 from fedimaging.tasks.declared import (
     ClassKey,
     Count,
-    Covariate,
+    Distance,
+    DistanceInterval,
+    DistanceQuartiles,
     Evaluation,
-    Group,
-    Interval,
-    NotNegative,
+    Loss,
     Outgoing,
     Share,
+    ShareInterval,
+    ShareQuartiles,
+    Subgroups,
 )
 
 AXES = ("left_right", "posterior_anterior", "inferior_superior")
@@ -66,7 +69,6 @@ Half = Annotated[float, Field(ge=0, le=0.5)]
 Side = Annotated[int, Field(ge=8, le=1024)]
 Millimetres = Annotated[float, Field(ge=0.1, le=20)]
 Percent = Annotated[float, Field(ge=0, le=100)]
-Quartiles = Annotated[list[float], Field(min_length=len(_QUARTILES), max_length=len(_QUARTILES))]
 
 
 class IntensitySettings(Settings):
@@ -140,35 +142,35 @@ class SegmentationSettings(TaskSettings):
 
 class SegmentationMetrics(Outgoing):
     mean_dice: Share | None = None
-    mean_hd95: NotNegative | None = None
-    loss: float | None = None
+    mean_hd95: Distance | None = None
+    loss: Loss | None = None
     cases: Count | None = None
 
 
 class StructureFigures(Outgoing):
     cases: Count | None
     dice: Share | None
-    dice_ci: Interval | None
-    dice_quantiles: Quartiles | None
-    hd95: NotNegative | None
-    hd95_ci: Interval | None
-    hd95_quantiles: Quartiles | None
+    dice_ci: ShareInterval | None
+    dice_quantiles: ShareQuartiles | None
+    hd95: Distance | None
+    hd95_ci: DistanceInterval | None
+    hd95_quantiles: DistanceQuartiles | None
     false_positives: Share | None = None
 
 
 class SubgroupFigures(Outgoing):
     cases: Count
     mean_dice: Share | None
-    mean_dice_ci: Interval | None
+    mean_dice_ci: ShareInterval | None
 
 
 class SegmentationEvaluation(Evaluation):
     mean_dice: Share | None
-    mean_dice_ci: Interval | None
-    mean_hd95: NotNegative | None
-    mean_hd95_ci: Interval | None
+    mean_dice_ci: ShareInterval | None
+    mean_hd95: Distance | None
+    mean_hd95_ci: DistanceInterval | None
     per_class: dict[ClassKey, StructureFigures]
-    subgroups: dict[Covariate, dict[Group, SubgroupFigures]]
+    subgroups: Subgroups[SubgroupFigures]
 
 
 class Segmentation(Task):

@@ -1,7 +1,8 @@
 """Statistics that a site computes of its own cases, fit to leave it: intervals, binned curves, withheld small cells."""
 
+import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ Interval = list[float]
 ROC_BINS, CALIBRATION_BINS = 20, 10
 
 _RESAMPLES = 1000
+_MOST_GROUPS = 16
+_GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9 .,&()/<>=+-]{0,31}")
 
 
 def withhold_counts(counts: dict[str, int]) -> dict[str, int | None]:
@@ -79,22 +82,38 @@ def quantiles(values: FloatArray, probabilities: Sequence[float]) -> list[float]
     return [round(float(q), 4) for q in hdquantiles(values, prob=list(probabilities))]
 
 
+Groups = Mapping[str, Sequence[str]]
+
+
+def groups(cases: Sequence[Case]) -> Groups:
+    """The values of each covariate of the cases; one of many values, or of other than short, simple ones, is withheld.
+
+    Such a covariate is no group but free text: of a DICOM element, or of a column that holds names.
+    """
+    found: dict[str, list[str]] = {}
+    for covariate in COVARIATES:
+        values = {value for case in cases if (value := getattr(case, covariate)) is not None}
+        if 0 < len(values) <= _MOST_GROUPS and all(map(_GROUP.fullmatch, values)):
+            found[covariate] = sorted(values)
+    return found
+
+
 def subgroups(
     cases: Sequence[Case], figures: Callable[[BoolArray, Sequence[Case]], dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """Figures by covariate and its value; ``figures`` is given which cases (cases,) and these cases."""
-    groups: dict[str, dict[str, Any]] = {}
-    for covariate in COVARIATES:
+    told: dict[str, dict[str, Any]] = {}
+    for covariate, names in groups(cases).items():
         values = [getattr(case, covariate) for case in cases]
         # One small group withholds the covariate whole: the total less the others would give it away.
-        if set(values) <= {None} or min(Counter(values).values()) < MIN_CELL:
+        if min(Counter(values).values()) < MIN_CELL:
             continue
-        groups[covariate] = {}
-        for value in sorted(set(values) - {None}):
+        told[covariate] = {}
+        for value in names:
             chosen = np.array([v == value for v in values])
             members = [case for case, inside in zip(cases, chosen, strict=True) if inside]
-            groups[covariate][value] = {"cases": len(members), **figures(chosen, members)}
-    return groups
+            told[covariate][value] = {"cases": len(members), **figures(chosen, members)}
+    return told
 
 
 def roc_curve(scores: FloatArray, positive: BoolArray, bins: int = ROC_BINS) -> dict[str, list[float]]:

@@ -8,13 +8,14 @@ import torch
 
 from fedimaging.networks import build_network
 from fedimaging.tasks.declared import Context, Evaluation, Outgoing, RoundFigures
+from fedimaging.tasks.statistics import Groups
 from fedimaging.training.settings import JobSettings
 from fedimaging.training.strategies import exchanged
 
 DTYPE: Final = "<f4"
 """NumPy's name of what every tensor travels in: float32"""
 
-_FIGURES_BYTES: Final = 64 * 2**10
+_FIGURES_BYTES: Final = 20 * 2**10
 _CLASS_BYTES: Final = 2 * 2**10
 _EPOCH_BYTES: Final = 32
 
@@ -48,9 +49,9 @@ class DeclaredResult:
         """The most that the figures of a result take as JSON: curves of each class, groups, losses."""
         return _FIGURES_BYTES + _CLASS_BYTES * len(self.classes) + _EPOCH_BYTES * self.epochs
 
-    def context(self, minimum: int) -> Context:
-        """What the figures are judged by; ``minimum`` is the smallest count that may leave."""
-        return Context(minimum=minimum, classes=self.classes, epochs=self.epochs)
+    def context(self, minimum: int, groups: Groups) -> Context:
+        """What the figures are judged by: the smallest count that may leave, and the site's own subgroups."""
+        return Context(minimum=minimum, classes=self.classes, epochs=self.epochs, groups=groups)
 
 
 def declare(settings: JobSettings) -> DeclaredResult:

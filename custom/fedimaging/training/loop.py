@@ -18,7 +18,7 @@ from fedimaging.datasets.manifest import Case
 from fedimaging.datasets.site import Dataset
 from fedimaging.errors import FedImagingError, Reason
 from fedimaging.networks import build_network
-from fedimaging.tasks.statistics import MIN_CELL, withhold, withhold_counts
+from fedimaging.tasks.statistics import MIN_CELL, Groups, groups, withhold, withhold_counts
 from fedimaging.training.cache import CaseCache, DiskCache
 from fedimaging.training.precision import Precision
 from fedimaging.training.settings import JobSettings, TrainingSettings
@@ -240,6 +240,11 @@ class Site:
             "skipped": withhold(self.skipped()),
             "seconds": round(time.monotonic() - start, 3),
         }
+
+    def groups(self) -> Groups:
+        """The subgroups of this site's test cases, of which alone figures leave; none before these were loaded."""
+        test = self._splits.get("test")
+        return groups(test.cases) if test else {}
 
     def _class_counts(self, split: str) -> dict[str, int | None]:
         """Cases of the job's classes; a site's manifest may know more."""
