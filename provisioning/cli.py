@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", help="the participant")
     command.add_argument("--days", type=int, help="how long it is valid (default: valid_days of the project's file)")
     command.add_argument("--request", type=Path, metavar="FILE", help="of a new private key that the participant made")
-    command.add_argument("--revoke", action="store_true", help="make the server refuse the certificate so far")
+    command.add_argument("--revoke", action="store_true", help="make the server refuse all its certificates so far")
     kit.add_passphrase_file(command, PASSPHRASE_VARIABLE)
     command = _add(
         commands, "remove", "make the server refuse a hospital or a person", "remove hospital-c", _run_remove

@@ -48,7 +48,7 @@ def renew(
         passphrase: of the federation's keys.
         valid_days: from now; the root's end is the limit.
         request: of a new key, if the participant made one; without it the key stays the same.
-        revoke: whether the server is to refuse the certificate so far, as it must if its key was lost or stolen.
+        revoke: whether the server is to refuse all certificates so far, as it must if a key was lost or stolen.
 
     Returns:
         The certificate to send, or None if the kit is still here and simply holds it.
@@ -66,7 +66,7 @@ def renew(
         new = sign_certificate(_participant(name, entry), key, keys.root, keys.root_key, valid_days)  # type: ignore[arg-type]
         pem = new.public_bytes(serialization.Encoding.PEM)
         if revoke:
-            federation.revoked[entry["serial"]] = {"name": name, "since": now(), "removed": False}
+            _revoke(federation, name, removed=False)
             _write_list(federation, keys)
         path.write_bytes(pem)
         entry.setdefault("earlier", []).append(entry["serial"])
@@ -94,8 +94,7 @@ def remove(federation: Federation, name: str, passphrase: str) -> Path:
         if entry["type"] == "server":
             raise FedImagingError(f"{name} is the server; without it there is no federation to be removed from")
         keys = Keys.read(federation.folder, passphrase)
-        for serial in (*entry.get("earlier", ()), entry["serial"]):
-            federation.revoked[serial] = {"name": name, "since": now(), "removed": True}
+        _revoke(federation, name, removed=True)
         path = _write_list(federation, keys)
         entry["removed"] = now()
         federation.save()
@@ -105,6 +104,13 @@ def remove(federation: Federation, name: str, passphrase: str) -> Path:
         discard(federation.folder / HANDOVER / name)
         (federation.folder / RENEWED / f"{name}.crt").unlink(missing_ok=True)
         return path
+
+
+def _revoke(federation: Federation, name: str, removed: bool) -> None:
+    """All certificates that a participant has, also those that were renewed: their key can be the same."""
+    entry = federation.participants[name]
+    for serial in (*entry.get("earlier", ()), entry["serial"]):
+        federation.revoked[serial] = {"name": name, "since": now(), "removed": removed}
 
 
 def _write_list(federation: Federation, keys: Keys) -> Path:

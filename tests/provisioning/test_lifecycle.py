@@ -95,6 +95,17 @@ def test_a_new_key_comes_with_a_request_and_its_old_certificate_is_revoked(made,
         renew(made.federation, "hospital-a", PASSPHRASE, 90, revoke=True)
 
 
+def test_a_stolen_key_is_revoked_with_every_certificate_that_it_has(made, tmp_path):
+    serials = [certificate(made.site / "startup/client.crt").serial_number]
+    for _ in range(2):
+        serials.append(certificate(renew(made.federation, "hospital-a", PASSPHRASE, 90)).serial_number)
+    _, request, _ = make_request("hospital-a", "hospital_a", "client", tmp_path)
+    new = certificate(renew(made.federation, "hospital-a", PASSPHRASE, 90, request=request, revoke=True))
+    listed = Revocations.read(made.folder / "revoked.crl", certificate(made.site / "startup/rootCA.pem"))
+    assert listed == Revocations(1, frozenset(), dict.fromkeys(serials, "hospital-a"))
+    assert new.serial_number not in listed.serials
+
+
 def test_what_is_not_the_site_s_renewed_certificate_is_not_installed(made, tmp_path):
     ours = pins(made, "hospital-a")
     sent = renew(made.federation, "hospital-a", PASSPHRASE, 90)
