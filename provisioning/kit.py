@@ -655,7 +655,9 @@ def finish_installation(kit: Path, pins: Pins) -> None:
     staged, removed = _check_staged(kit, pins)
     for name in staged:
         target = kit / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        for folder in reversed([folder for folder in target.parents if not folder.exists()]):
+            folder.mkdir()
+            folder.chmod(0o755)
         (kit / _STAGED / name).replace(target)
     for name in removed:
         (kit / name).unlink(missing_ok=True)
@@ -1046,6 +1048,7 @@ def _add_operations(subparsers: Any, status: bool) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command and its options")
     parser = add("install", "install a site package into a stopped kit", f"{where} new.package {pins}", _run_install)
     parser.add_argument("package", type=Path, help="the package that the project admin issued")
+    add("finish", "end an installation that a power cut interrupted, if there is one", f"{where} {pins}", _run_finish)
     add("rollback", "install the package that was in place before", f"{where} {pins}", _run_rollback)
     example = f"{where} hospital-a.crt {pins}"
     parser = add("install-certificate", "put a renewed certificate into a kit", example, _run_install_certificate)
@@ -1226,6 +1229,10 @@ def _run_install(arguments: argparse.Namespace) -> int:
 
 def _run_rollback(arguments: argparse.Namespace) -> int:
     return _say_installed(arguments, rollback(arguments.kit.resolve(), Pins.read(arguments.pins)))
+
+
+def _run_finish(arguments: argparse.Namespace) -> None:
+    finish_installation(arguments.kit.resolve(), Pins.read(arguments.pins))
 
 
 def _say_installed(arguments: argparse.Namespace, package: Mapping[str, Any]) -> int:

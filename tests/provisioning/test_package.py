@@ -139,7 +139,13 @@ def test_an_installation_that_is_cut_short_while_it_moves_is_ended_at_the_next_s
         install(kit, newer, trusted)
     monkeypatch.undo()
     assert ("interrupted", ".installed") in {(finding.kind, finding.where) for finding in verify(kit, trusted).findings}
-    kit_file.finish_installation(kit, trusted)
+    trusted.write(kit.parent / "pins.json")
+    before = os.umask(0o077)  # as the service has it
+    try:
+        assert kit_file.main(["finish", str(kit), "--pins", str(kit.parent / "pins.json")]) == 0
+    finally:
+        os.umask(before)
+    assert (kit / CODE / "new").stat().st_mode & 0o777 == 0o755
     assert verify(kit, trusted).findings == []
     assert version(kit) == "0.2.0"
     assert rollback(kit, trusted)["version"] == fedimaging.__version__
@@ -163,7 +169,7 @@ def staged(kit, files):
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("command", ["start", "install", "rollback"])
+@pytest.mark.parametrize("command", ["finish", "start", "install", "rollback"])
 @pytest.mark.parametrize(
     "files",
     [

@@ -44,7 +44,7 @@ def test_the_unit_lets_the_kit_write_into_its_folder_and_reach_the_server_only(k
     monkeypatch.setattr(kit_file, "_name_servers", lambda: ["192.0.2.53"])
     said = settings(unit(kit, tmp_path, allow=["198.51.100.7"]))
     assert said["ReadWritePaths"] == str(kit)
-    assert said["ReadOnlyPaths"] == str(tmp_path / "images")
+    assert said["ReadOnlyPaths"].split() == [f"{kit}/startup", f"{kit}/local", str(tmp_path / "images")]
     assert said["IPAddressDeny"] == "any"
     server = {entry[4][0] for entry in socket.getaddrinfo("localhost", 443)}
     assert set(said["IPAddressAllow"].split()) == server | {"192.0.2.53/32", "198.51.100.7/32", "localhost"}
@@ -59,7 +59,7 @@ def as_systemd_does(text):
     """Runs the unit's commands in their order, as far as they succeed. Returns the last exit code."""
     code = 0
     for line in re.findall(r"^Exec\w+=(.*)$", text, re.MULTILINE):
-        python, isolated, script, *arguments = shlex.split(line)
+        python, isolated, script, *arguments = shlex.split(line.removeprefix("+"))
         assert (python, isolated, script) == (sys.executable, "-I", SCRIPT)
         if code := kit_file.main(arguments):
             break
@@ -146,6 +146,16 @@ def test_the_command_prints_a_unit_of_a_kit_that_verifies_only(kit, handed_over,
 
 def test_a_hospital_runs_in_the_foreground_as_systemd_runs_it_and_sigterm_says_good_bye(running):
     kit, server = running.hospital, running.server
+
+    def written():
+        """When anything was last changed in the folders that the unit makes read only."""
+        return {
+            path: path.lstat().st_mtime_ns
+            for name in ("startup", "local")
+            for path in (kit / name, *(kit / name).rglob("*"))
+        }
+
+    before = written()
     service = subprocess.Popen(
         [running.python, "-I", SCRIPT, "start", kit, "--pins", running.folder / "hospital-a.json", "--foreground"],
         env={"PATH": os.environ["PATH"], "HOME": str(running.folder)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -153,6 +163,7 @@ def test_a_hospital_runs_in_the_foreground_as_systemd_runs_it_and_sigterm_says_g
     try:
         wait_for(lambda: said(kit, f"fedimaging {fedimaging.__version__} ({package_hash()})"))
         assert said(server, "New client hospital-a")
+        assert written() == before
         status = running.kit_py("status", kit)
         assert status.returncode == 0, status.stdout + status.stderr
         assert f"fedimaging {fedimaging.__version__}, {package_hash()}" in status.stdout
@@ -165,6 +176,7 @@ def test_a_hospital_runs_in_the_foreground_as_systemd_runs_it_and_sigterm_says_g
     assert service.returncode == 0, heard
     wait_for(lambda: said(server, "hospital-a left"))
     assert processes(kit) == []
+    assert written() == before
     assert verify(kit, Pins.read(running.folder / "hospital-a.json")).findings == []
     assert not list(kit.rglob("*.pyc"))
 
