@@ -9,6 +9,7 @@ from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.aggregators.weighted_aggregation_helper import WeightedAggregationHelper
 
 from fedimaging.errors import Reason
 from fedimaging.federation.protocol import COUNTED, REPORT
@@ -61,6 +62,42 @@ def test_sites_are_told_which_of_their_results_counted_last_where_the_strategy_a
             workflow.update_model(FLModel(params=model.params), FLModel(params=model.params))
     assert told == [{}, {"a": 0, "b": 0}, {"a": 0, "b": 1}, None, None, None]
     assert COUNTED not in model.meta
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        ([1.0, 1.0], Reason.BAD_MODEL),
+        (np.array(["a", "b"], object), Reason.BAD_MODEL),
+        (np.ones(2, np.int64), Reason.BAD_MODEL),
+        (np.ones(3, np.float32), Reason.BAD_MODEL),
+        (np.array([1, np.nan], np.float32), Reason.NOT_FINITE),
+    ],
+)
+def test_a_result_with_unfit_weights_is_left_out(workflow, value, code):
+    workflow._wanted = {"w": (2,)}
+    meta = {FLMetaKey.NUM_STEPS_CURRENT_ROUND: 40, REPORT: {"cases": 40}, "client_name": "hospital-b"}
+    assert workflow._aggregate_one_result(FLModel(params={"w": value}, meta=meta)) is False
+    assert workflow._refused == {"hospital-b": code.value}
+
+
+def test_a_mean_does_not_depend_on_who_arrives_first(workflow, monkeypatch):
+    generator = np.random.default_rng(0)
+    workflow._wanted, workflow._server = {"w": (20_000,)}, Server()
+    results = [generator.normal(size=20_000).astype(np.float32) for _ in range(3)]
+    means = []
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        workflow._members, workflow._peaks = {"a", "b", "c"}, {}
+        workflow._aggr_helper = WeightedAggregationHelper()
+        workflow._received_count = 0
+        for i in order:
+            meta = {FLMetaKey.NUM_STEPS_CURRENT_ROUND: 7 + i, REPORT: {"cases": 7 + i}, "client_name": "abc"[i]}
+            assert workflow._aggregate_one_result(FLModel(params={"w": results[i]}, meta=meta, metrics={}))
+        mean = FLModel(params=workflow._aggr_helper.get_result())
+        start = FLModel(params={"w": np.zeros(20_000, np.float32)})
+        means.append(workflow.update_model(start, mean).params["w"])
+    assert means[0].dtype == np.float32
+    assert all(np.array_equal(mean, means[0]) for mean in means)
 
 
 def test_a_site_that_is_not_asked_this_round_still_counts_among_all(workflow, monkeypatch):

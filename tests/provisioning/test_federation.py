@@ -29,7 +29,7 @@ from provisioning.package import write_package
 from tests.conftest import JOB, SITES, fedimaging
 from tests.console import AdminConsole, LoginRefusedError
 from tests.provisioning.conftest import PASSPHRASE, PATIENCE, tree, wait_for
-from tests.provisioning.participants import LEAD, MEMBER, PROJECT_ADMIN, SERVER, RunningFederation
+from tests.provisioning.participants import LEAD, MEMBER, PROJECT_ADMIN, SERVER, RunningFederation, listens
 
 pytestmark = pytest.mark.federation
 
@@ -42,7 +42,11 @@ def federation(hospitals, tmp_path_factory):
         for name in SITES:
             give_data(made[name].kit / "local", hospitals / name / "chest_xray")
         rotate_often(made["hospital-c"].kit / "local")
-        made.start(SERVER, *SITES)
+        made.start(SERVER)
+        wait_for(lambda: listens(made.port))
+        checked = made["hospital-a"].run("preflight", made["hospital-a"].kit, "--pins", made["hospital-a"].pins)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+        made.start(*SITES)
         made.wait_for(*SITES)
         yield made
     finally:

@@ -270,10 +270,14 @@ class FederatedAveraging(FlareFedAvg):
             return False
         if self._server.equal_weights:
             result.meta[FLMetaKey.NUM_STEPS_CURRENT_ROUND] = 1
+        params = result.params or {}
+        received = sum(value.nbytes for value in params.values())
+        # Summed in float64, a mean hardly depends on who arrives first, and a run can be repeated.
+        result.params = {name: value.astype(np.float64) for name, value in params.items()}
         # FLARE takes a result without tensors for none; with some strategies nothing but metrics leaves a site.
         accepted = super()._aggregate_one_result(result) if self._wanted else True
         if accepted:
-            self._bytes_in += sum(value.nbytes for value in result.params.values())
+            self._bytes_in += received
             self._sites[site] = _site_record(result, self._selection.key_metric)
             self._peaks[site] = self._sites[site].pop("peak_memory") or 0
         return bool(accepted)
@@ -284,16 +288,16 @@ class FederatedAveraging(FlareFedAvg):
         cases = (result.meta.get(REPORT) or {}).get("cases")
         if type(weight) is not int or weight != cases or not 0 < weight <= _MOST_CASES:
             return Reason.BAD_MODEL
-        if {name: tuple(np.shape(value)) for name, value in params.items()} != {
-            name: tuple(shape) for name, shape in self._wanted.items()
-        }:
+        shapes = {name: value.shape for name, value in params.items() if _holds_floats(value)}
+        if set(shapes) != set(params) or shapes != {name: tuple(shape) for name, shape in self._wanted.items()}:
             return Reason.BAD_MODEL
         return None if all(np.isfinite(value).all() for value in params.values()) else Reason.NOT_FINITE
 
     def update_model(self, model: FLModel, aggr_result: FLModel) -> FLModel:
         """The strategy's server half makes the new global weights of the old ones and the sites' mean."""
         share = self._received_count / len(self._members)
-        weights = self._server.update(to_state(model.params), to_state(aggr_result.params), share)
+        mean = {name: np.asarray(value, np.float32) for name, value in aggr_result.params.items()}
+        weights = self._server.update(to_state(model.params), to_state(mean), share)
         aggr_result.params = to_parameters(weights)
         self._counted |= dict.fromkeys(self._sites, int(self.current_round or 0))
         return super().update_model(model, aggr_result)
@@ -501,6 +505,10 @@ def _replace_weights(model: FLModel, earlier: EarlierRun) -> None:
 
 def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
+
+
+def _holds_floats(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating)
 
 
 def _is_finite(value: Any) -> bool:
