@@ -1,6 +1,8 @@
 """The comparison: what may be compared, what a run leaves, and one whole command over the simulator."""
 
+import copy
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 
 from fedimaging.cli import main
-from fedimaging.compare.analysis import ALONE, analyse
+from fedimaging.compare import paired
+from fedimaging.compare.analysis import ALONE, _Analysis, analyse
 from fedimaging.compare.page import render
 from fedimaging.compare.runs import POOLED, Comparison, Result, Runner, pool
 from fedimaging.datasets.synthetic import synthesize
@@ -81,6 +84,33 @@ def test_every_row_has_the_same_budget_and_its_own_key(comparison):
     assert replace(runs[0], data={"hospital-a": "changed"}).key != runs[0].key
 
 
+def test_a_result_of_other_code_is_not_taken_for_this_one_s(comparison, tmp_path, monkeypatch):
+    result = made_up(comparison, typical)[0]
+    result.write(tmp_path)
+    assert Runner(comparison, tmp_path).is_done(result.run)
+    monkeypatch.setattr("fedimaging.compare.runs.package_hash", lambda: "0" * 64)
+    assert not Runner(comparison, tmp_path).is_done(result.run)
+
+
+def test_hospitals_are_resampled_each_for_itself_and_all_models_of_one_alike(comparison):
+    """Two hospitals whose cases and scores are the same: only the draws tell them apart."""
+    one, other = comparison.sites
+    dataset = comparison.datasets[one]
+    more = dataset.manifest.model_copy(update={"test": dataset.manifest.training, "training": []})
+    comparison.datasets |= dict.fromkeys((one, other), replace(dataset, manifest=more))
+    results = made_up(comparison, lambda run, site: 1.0)
+    for result in results:
+        result.cases[other] = result.cases[one]
+    analysis = _Analysis(comparison, results)
+    at_one, at_other = (analysis._estimates(POOLED, site)[0] for site in (one, other))
+    assert at_one.value == at_other.value
+    assert abs(np.corrcoef(at_one.resampled, at_other.resampled)[0, 1]) < 0.15
+    macro = paired.mean_over_sites([at_one, at_other])
+    assert np.std(macro.resampled) == pytest.approx(math.sqrt((macro.parts**2).sum()), rel=0.15)
+    same = analysis._estimates("chest_xray_fedavg", one)[0]
+    assert np.array_equal(same.minus(at_one).resampled, np.zeros(len(at_one.resampled))), "drawn alike, so paired"
+
+
 def test_pooling_keeps_each_case_and_its_split(comparison):
     pooled = pool(comparison.datasets, comparison.data)
     for split in ("training", "validation", "test"):
@@ -130,7 +160,7 @@ def test_the_figures_tell_who_is_better_and_how_surely(comparison):
     assert figures["chosen"] == "chest_xray_fedbn", "by validation, not by test"
     against = {(d["row"], d["base"]): d["macro"] for d in figures["differences"]}
     assert against["chest_xray_fedavg", ALONE]["value"] > 0
-    assert against["chest_xray_fedavg", POOLED] == {"value": 0.0, "ci": [0.0, 0.0], "p": 1.0}
+    assert against["chest_xray_fedavg", POOLED] == {"value": 0.0, "ci": [0.0, 0.0], "p": None}
     assert figures["verdicts"]["chest_xray_fedavg"] == {"share_of_pooled": 1.0, "behind": [], "losers": []}
     json.dumps(figures, allow_nan=False)
 
@@ -177,6 +207,10 @@ def test_the_page_escapes_and_needs_no_network(comparison):
     assert "<script" not in page
     assert "default-src 'none'" in page
     assert page.count('<svg class="plot"') == 1
+    assert page.count('<span class="absent">not defined</span>') == 6, "the federated models equal the pooled one"
+    surely = copy.deepcopy(figures)
+    surely["differences"][0]["macro"]["p"] = 0.0
+    assert ">&lt; 0.001<" in render(surely)
     text = re.sub(r"<[^>]+>", " ", page)
     for shown in ("chosen on validation", "DeLong", "hospital-a", "each hospital’s own model", "share of the pooled"):
         assert shown in text

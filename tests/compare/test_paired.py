@@ -41,7 +41,7 @@ def test_the_p_value_of_two_aurocs_is_delong_s(seed):
     first, positive = scores(rng, 60)
     second = np.round(first + rng.normal(size=60), 1)
     patients = range(60)
-    one, other = (paired.macro_auroc(v[:, None], positive[:, None], patients, 0) for v in (first, second))
+    one, other = (paired.macro_auroc(v[:, None], positive[:, None], patients, [0]) for v in (first, second))
     assert one.value == pytest.approx(roc_auc_score(positive, first))
     assert one.minus(other).p_value() == pytest.approx(delong_by_definition(first, second, positive), rel=1e-5)
 
@@ -62,7 +62,7 @@ def test_intervals_cover_the_true_auroc():
     rng, covered, true = np.random.default_rng(1), 0, distributions.norm.cdf(1 / math.sqrt(2))
     for _ in range(60):
         values, positive = scores(rng, 120)
-        low, high = paired.macro_auroc(values[:, None], positive[:, None], range(120), 0).interval()
+        low, high = paired.macro_auroc(values[:, None], positive[:, None], range(120), [0]).interval()
         covered += low <= true <= high
     assert 51 <= covered <= 60
 
@@ -71,9 +71,9 @@ def test_copies_of_a_patient_s_case_tell_nothing_new():
     rng = np.random.default_rng(2)
     values, positive = scores(rng, 60)
     copies = np.repeat(np.arange(60), 4)
-    once = paired.macro_auroc(values[:, None], positive[:, None], range(60), 0)
-    naive = paired.macro_auroc(values[copies, None], positive[copies, None], range(240), 0)
-    grouped = paired.macro_auroc(values[copies, None], positive[copies, None], copies, 0)
+    once = paired.macro_auroc(values[:, None], positive[:, None], range(60), [0])
+    naive = paired.macro_auroc(values[copies, None], positive[copies, None], range(240), [0])
+    grouped = paired.macro_auroc(values[copies, None], positive[copies, None], copies, [0])
     error = {name: math.sqrt((e.parts**2).sum()) for name, e in (("o", once), ("n", naive), ("g", grouped))}
     assert error["n"] < 0.6 * error["o"]
     assert error["g"] == pytest.approx(error["o"], rel=0.05)
@@ -85,16 +85,25 @@ def test_copies_of_a_patient_s_case_tell_nothing_new():
 def test_a_mean_of_cases_has_the_paired_z_test():
     rng = np.random.default_rng(3)
     first, second = rng.uniform(0.6, 0.9, (2, 40))
-    one, other = (paired.mean(values, range(40), 0) for values in (first, second))
+    one, other = (paired.mean(values, range(40), [0]) for values in (first, second))
     difference = first - second
     z = difference.mean() / (difference.std(ddof=1) / math.sqrt(40))
     assert one.minus(other).p_value() == pytest.approx(2 * distributions.norm.sf(abs(z)))
-    assert one.minus(one).p_value() == 1.0
+
+
+def test_without_a_variance_there_is_no_p_value():
+    right, wrong = (paired.mean(np.full(40, value), range(40), [0]) for value in (1.0, 0.0))
+    assert right.minus(wrong).value == 1
+    assert right.minus(wrong).p_value() is None, "every case differs by the same: no test, least of all p = 0"
+    some = paired.mean(np.random.default_rng(3).uniform(size=40), range(40), [0])
+    assert some.minus(some).p_value() is None
+    thirds = paired.mean_over_seeds([some.minus(some), some, some])
+    assert thirds.minus(paired.mean_over_seeds([some, some, some.minus(some)])).p_value() is None, "rounding is none"
 
 
 def test_the_macro_mean_adds_the_hospitals_errors_as_independent_ones():
     rng = np.random.default_rng(4)
-    found = [paired.mean(rng.normal(size=n), range(n), 0) for n in (30, 50)]
+    found = [paired.mean(rng.normal(size=n), range(n), [0]) for n in (30, 50)]
     macro = paired.mean_over_sites(found)
     assert macro.value == pytest.approx((found[0].value + found[1].value) / 2)
     assert (macro.parts**2).sum() == pytest.approx(sum((e.parts**2).sum() for e in found) / 4)
@@ -102,5 +111,5 @@ def test_the_macro_mean_adds_the_hospitals_errors_as_independent_ones():
 
 def test_too_few_cases_give_no_figure():
     values, positive = np.linspace(0, 1, 20)[:, None], np.arange(20)[:, None] < 4
-    assert paired.macro_auroc(values, positive, range(20), 0) is None
-    assert paired.mean(np.ones(4), range(4), 0) is None
+    assert paired.macro_auroc(values, positive, range(20), [0]) is None
+    assert paired.mean(np.ones(4), range(4), [0]) is None

@@ -34,8 +34,8 @@ class Measure:
     classes: list[str]
     multi_label: bool
 
-    def of(self, cases: Sequence[Case], rows: Rows) -> Estimate | None:
-        """The measure of a model's rows on cases in the same order; None for too few."""
+    def of(self, cases: Sequence[Case], rows: Rows, seed: Sequence[int]) -> Estimate | None:
+        """The measure of a model's rows on cases in the same order; None for too few. ``seed`` is of the resamples."""
         if not cases:
             return None
         patients = [case.patient for case in cases]
@@ -43,11 +43,11 @@ class Measure:
             names = self.classes[1:] if len(self.classes) == 2 and not self.multi_label else self.classes
             scores = np.array([[row["scores"][name] for name in names] for row in rows], dtype=float)
             positive = np.array([[name in case.class_names for name in names] for case in cases], dtype=bool)
-            return paired.macro_auroc(scores, positive, patients, _SEED)
+            return paired.macro_auroc(scores, positive, patients, seed)
         values = np.array([self._value(case, row) for case, row in zip(cases, rows, strict=True)], dtype=float)
         defined = np.isfinite(values)
         kept = [patient for patient, known in zip(patients, defined, strict=True) if known]
-        return paired.mean(values[defined], kept, _SEED)
+        return paired.mean(values[defined], kept, seed)
 
     def _value(self, case: Case, row: dict[str, Any]) -> float:
         if self.name == "accuracy":
@@ -100,11 +100,15 @@ class _Analysis:
         found = []
         for seed in self.seeds:
             rows = {case["image"]: case for case in self._model(row, site, seed).cases[site]}
-            estimate = self.measure.of(cases, [rows[case.image] for case in cases])
+            estimate = self.measure.of(cases, [rows[case.image] for case in cases], self._draws(site))
             if estimate is None:
                 return None
             found.append(estimate)
         return found
+
+    def _draws(self, site: str) -> list[int]:
+        """The seed of a hospital's resamples: one for all models, another for each hospital."""
+        return [_SEED, 1 + self.comparison.sites.index(site)]
 
     def figures(self) -> dict[str, Any]:
         sites = self.comparison.sites
@@ -170,7 +174,7 @@ class _Analysis:
                 by_image = {case["image"]: case for case in self._model(row, site, seed).cases[site]}
                 cases += [case.model_copy(update={"patient": f"{site}/{case.patient}"}) for case in self.cases[site]]
                 rows += [by_image[case.image] for case in self.cases[site]]
-            estimate = self.measure.of(cases, rows)
+            estimate = self.measure.of(cases, rows, [_SEED, 0])
             if estimate is None:
                 return None
             found.append(estimate)
@@ -185,7 +189,8 @@ class _Analysis:
                 found = []
                 for seed in self.seeds:
                     rows = {case["image"]: case for case in self.by_row[owner][seed].cases[site]}
-                    found.append(self.measure.of(self.cases[site], [rows[case.image] for case in self.cases[site]]))
+                    ordered = [rows[case.image] for case in self.cases[site]]
+                    found.append(self.measure.of(self.cases[site], ordered, self._draws(site)))
                 known = [estimate for estimate in found if estimate is not None]
                 shown[owner][site] = _shown(known if len(known) == len(found) else None)
         return shown
@@ -301,4 +306,9 @@ def _shown(estimates: Sequence[Estimate] | None) -> dict[str, Any] | None:
 
 
 def _tested(difference: Estimate) -> dict[str, Any]:
-    return {"value": round(difference.value, 4), "ci": difference.interval(), "p": round(difference.p_value(), 5)}
+    p = difference.p_value()
+    return {
+        "value": round(difference.value, 4),
+        "ci": difference.interval(),
+        "p": None if p is None else float(f"{p:.3g}"),
+    }

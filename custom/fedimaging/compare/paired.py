@@ -1,8 +1,9 @@
 """Statistics of models judged on the same cases: intervals bootstrapped by patient and paired tests.
 
 A measure of a model on a sample is kept as an :class:`Estimate`: its value, its bootstrap replicates, and what each
-patient adds to its error. Estimates on the same cases share their resamples, so that differences are paired; means over
-seeds and over hospitals are estimates again.
+patient adds to its error. Estimates on the same cases share their resamples, so that differences are paired; those on
+the cases of different hospitals must not, so each hospital has a seed of its own. Means over seeds and over hospitals
+are estimates again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from fedimaging.tasks import statistics as stats
 
 Floats = NDArray[np.floating]
 Bools = NDArray[np.bool_]
+
+_NO_ERROR = 1e-9
+"""what rounding leaves of a standard error of 0"""
 
 
 @dataclass(frozen=True)
@@ -43,16 +47,17 @@ class Estimate:
         """The difference to an estimate on the same patients."""
         return Estimate(self.value - other.value, self.resampled - other.resampled, self.parts - other.parts)
 
-    def p_value(self) -> float:
-        """Two-sided p-value of the hypothesis that the value is 0, from the normal distribution; 1 for no difference.
+    def p_value(self) -> float | None:
+        """Two-sided p-value of the hypothesis that the value is 0, from the normal distribution.
+
+        None where no patient differs from another, as between equal models, or two that are always right and always
+        wrong: without a variance there is no test.
 
         For a difference of two AUROCs this is the test of DeLong et al. (1988) where each patient has one case, and
         that of Obuchowski (1997) where patients have several.
         """
-        variance = float((self.parts**2).sum())
-        if variance == 0:
-            return 1.0 if self.value == 0 else 0.0
-        return float(2 * distributions.norm.sf(abs(self.value) / np.sqrt(variance)))
+        error = float(np.sqrt((self.parts**2).sum()))
+        return None if error < _NO_ERROR else float(2 * distributions.norm.sf(abs(self.value) / error))
 
 
 def mean_over_seeds(estimates: Sequence[Estimate]) -> Estimate:
@@ -65,7 +70,7 @@ def mean_over_seeds(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def mean_over_sites(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of estimates on different patients, each hospital with the same weight."""
+    """The mean of estimates on different patients, drawn with different seeds, each hospital with the same weight."""
     return Estimate(
         fmean(e.value for e in estimates),
         np.mean([e.resampled for e in estimates], axis=0),
@@ -73,12 +78,13 @@ def mean_over_sites(estimates: Sequence[Estimate]) -> Estimate:
     )
 
 
-def macro_auroc(scores: Floats, positive: Bools, patients: Sequence[Hashable], seed: int) -> Estimate | None:
+def macro_auroc(scores: Floats, positive: Bools, patients: Sequence[Hashable], seed: Sequence[int]) -> Estimate | None:
     """The mean over classes of the AUROC of each against the rest; None where a class has too few cases.
 
     Args:
         scores: (cases, classes).
         positive: (cases, classes), which case is of which class.
+        seed: of the resamples.
     """
     columns = range(scores.shape[1])
     if not len(scores) or not all(stats.enough(positive[:, c]) for c in columns):
@@ -102,7 +108,7 @@ def auroc_parts(scores: Floats, positive: Bools) -> Floats:
     return parts
 
 
-def mean(values: Floats, patients: Sequence[Hashable], seed: int) -> Estimate | None:
+def mean(values: Floats, patients: Sequence[Hashable], seed: Sequence[int]) -> Estimate | None:
     """The mean of a value of each case (a Dice coefficient, right or wrong); None for too few cases."""
     if len(values) < stats.MIN_CELL:
         return None

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedimaging import __version__
 from fedimaging.datasets.manifest import SPLITS, Manifest
 from fedimaging.datasets.site import MANIFEST_FILE, Dataset
 from fedimaging.errors import FedImagingError, Reason
@@ -24,6 +23,7 @@ from fedimaging.training.loop import Site, case_results, plan_batches
 from fedimaging.training.rounds import run_rounds
 from fedimaging.training.settings import JobSettings
 from fedimaging.training.strategies import DEFAULT_STRATEGY, State
+from fedimaging.version import package_hash
 
 POOLED = "pooled"
 BUDGET = ("epochs", "batch_size", "max_batches", "schedule")
@@ -51,7 +51,8 @@ class Run:
 
     @property
     def key(self) -> str:
-        text = json.dumps({"version": __version__, **asdict(self)}, sort_keys=True)
+        """Hash of all that the run depends on, the sources of this package among it."""
+        text = json.dumps({"fedimaging": package_hash(), **asdict(self)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property

@@ -48,7 +48,7 @@ def auroc(scores: FloatArray, positive: BoolArray) -> float:
     return float(compute_roc_auc(torch.from_numpy(scores), torch.from_numpy(positive.astype(np.float32))))
 
 
-def resample_weights(groups: Sequence[Hashable], seed: int) -> FloatArray:
+def resample_weights(groups: Sequence[Hashable], seed: int | Sequence[int]) -> FloatArray:
     """Bootstrap weights (resamples, cases): groups (patients) are drawn with replacement, with all their cases."""
     _, member = np.unique(np.asarray([str(group) for group in groups]), return_inverse=True)
     count = int(member.max()) + 1
