@@ -29,6 +29,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import zlib
 from collections import deque
@@ -64,6 +65,7 @@ _RSA_BITS = 3072
 _ROLES = ("client", "server", "project_admin", "org_admin", "lead", "member")
 _SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 2**17, 8, 1
 _MAX_SCRYPT_N = 2**20
+_NONCE_BYTES = 12
 _HEADER_BYTES = 4096
 _CODE_SUFFIXES = (".py", ".pyc", ".pyo", ".pyd", ".so", ".pth", ".sh", ".egg")
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
@@ -416,7 +418,7 @@ def seal(plain: bytes, passphrase: str, kind: str, **says: str) -> bytes:
 
     The key comes from the passphrase by scrypt. ``says`` is readable by all, and authentic once opened.
     """
-    salt, nonce = os.urandom(16), os.urandom(12)
+    salt, nonce = os.urandom(16), os.urandom(_NONCE_BYTES)
     header = {
         "format": kind,
         **says,
@@ -440,8 +442,9 @@ def unseal(sealed: bytes, passphrase: str, kind: str, where: str) -> tuple[bytes
         header = json.loads(sealed[:end])
         salt, nonce = bytes.fromhex(header["salt"]), bytes.fromhex(header["nonce"])
         n, r, p = int(header["n"]), int(header["r"]), int(header["p"])
-        known = header["format"] == kind and 2 <= n <= _MAX_SCRYPT_N and (r, p) == (_SCRYPT_R, _SCRYPT_P)
-    except (ValueError, KeyError, TypeError):
+        bounded = 2 <= n <= _MAX_SCRYPT_N and n.bit_count() == 1 and (r, p) == (_SCRYPT_R, _SCRYPT_P)
+        known = header["format"] == kind and bounded and len(nonce) == _NONCE_BYTES
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         known = False
     if not known:
         raise KitError(f"{where}: not a file of the format {kind}")
@@ -453,22 +456,28 @@ def unseal(sealed: bytes, passphrase: str, kind: str, where: str) -> tuple[bytes
 
 
 def open_archive(archive: Path, passphrase: str, to: Path) -> Path:
-    """Unpacks an encrypted kit into ``to/<participant>``, which must not exist. Returns that folder."""
+    """Unpacks an encrypted kit into ``to/<participant>``, whole or not at all; that must not exist. Returns it."""
     try:
         sealed = archive.read_bytes()
     except OSError as error:
         raise KitError(f"{archive}: can't read the archive: {error.strerror}") from None
     plain, header = unseal(sealed, passphrase, ARCHIVE, str(archive))
-    folder = to / str(header["participant"])
+    folder = to / str(header.get("participant", ""))
     if folder.parent != to or folder.name in {"", ".", ".."}:
         raise KitError(f"{archive}: the participant's name is no folder name")
     if folder.exists():
         raise KitError(f"{folder}: is there already; move it away first, a kit is not unpacked over another")
     to.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700)
-    with tarfile.open(fileobj=io.BytesIO(plain)) as tar:
-        for member in tar:
-            _extract(tar, member, folder)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=to) as work:
+        unpacked = Path(work) / folder.name
+        unpacked.mkdir(mode=0o700)
+        try:
+            with tarfile.open(fileobj=io.BytesIO(plain)) as tar:
+                for member in tar:
+                    _extract(tar, member, unpacked)
+        except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, FileExistsError, ValueError) as error:
+            raise KitError(f"{archive}: holds no kit: {error}") from None
+        unpacked.rename(folder)
     return folder
 
 
@@ -605,8 +614,11 @@ def _replace(path: Path, content: bytes) -> None:
 # -- another version of the package ------------------------------------------------------------------------------------
 
 
-def install(kit: Path, archive: Path, pins: Pins) -> dict[str, Any]:
+def install(kit: Path, archive: Path, pins: Pins, *, downgrade: bool = False) -> dict[str, Any]:
     """Installs a site package into a stopped kit that verifies, and keeps the one it replaces for :func:`rollback`.
+
+    An older version is signed as well as a newer one, and may have faults that the newer one mended: it is refused
+    unless ``downgrade`` asks for it.
 
     Everything is checked and written beside the old files first. From then on an interruption is no harm: the next
     call, or the next start, ends what was begun. The site's own files are not touched.
@@ -624,6 +636,11 @@ def install(kit: Path, archive: Path, pins: Pins) -> dict[str, Any]:
     package: dict[str, Any] = json.loads(new[PACKAGE_MANIFEST])
     if new[PACKAGE_MANIFEST] == (kit / PACKAGE_MANIFEST).read_bytes():
         raise KitError(f"{archive}: fedimaging {package['version']} ({package['sha256'][:16]}) is installed already")
+    if not downgrade and _release(package) < _release(report.package):
+        raise KitError(
+            f"{archive}: refused: fedimaging {package['version']} is older than {report.package['version']}, which is "
+            "installed; `rollback` goes back to the version before, `install --downgrade` to any"
+        )
     old_names = [*report.package["files"], PACKAGE_MANIFEST, PACKAGE_SIGNATURE]
     old = {name: (kit / name).read_bytes() for name in [*old_names, CODE_KEY]}
     staged = new | {RESOURCES: resources_file(package, report.manifest), PREVIOUS: pack_files(old)}
@@ -641,7 +658,16 @@ def rollback(kit: Path, pins: Pins) -> dict[str, Any]:
     finish_installation(kit, pins)
     if not (kit / PREVIOUS).is_file():
         raise KitError(f"{kit}: no other package was installed before")
-    return install(kit, kit / PREVIOUS, pins)
+    return install(kit, kit / PREVIOUS, pins, downgrade=True)
+
+
+def _release(package: Mapping[str, Any]) -> list[int]:
+    """The release number of a package's version (PEP 440, without epochs), to be compared."""
+    release = re.match(r"\d+(?:\.\d+)*", package["version"])
+    numbers = [int(number) for number in release[0].split(".")] if release else []
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return numbers
 
 
 def finish_installation(kit: Path, pins: Pins) -> None:
@@ -1048,6 +1074,7 @@ def _add_operations(subparsers: Any, status: bool) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command and its options")
     parser = add("install", "install a site package into a stopped kit", f"{where} new.package {pins}", _run_install)
     parser.add_argument("package", type=Path, help="the package that the project admin issued")
+    parser.add_argument("--downgrade", action="store_true", help="also if it is older than the one in place")
     add("finish", "end an installation that a power cut interrupted, if there is one", f"{where} {pins}", _run_finish)
     add("rollback", "install the package that was in place before", f"{where} {pins}", _run_rollback)
     example = f"{where} hospital-a.crt {pins}"
@@ -1224,7 +1251,8 @@ def _tail(path: Path, lines: int) -> list[str]:
 
 
 def _run_install(arguments: argparse.Namespace) -> int:
-    return _say_installed(arguments, install(arguments.kit.resolve(), arguments.package, Pins.read(arguments.pins)))
+    kit, pins = arguments.kit.resolve(), Pins.read(arguments.pins)
+    return _say_installed(arguments, install(kit, arguments.package, pins, downgrade=arguments.downgrade))
 
 
 def _run_rollback(arguments: argparse.Namespace) -> int:

@@ -56,6 +56,20 @@ def kit(handed_over, tmp_path):
 
 
 @pytest.fixture
+def issued(tmp_path, code_key, monkeypatch):
+    """Issues a package under a version."""
+
+    def issue(version):
+        archive = tmp_path / f"{version}.package"
+        monkeypatch.setattr(fedimaging, "__version__", version)
+        if not archive.exists():
+            write_package(archive, code_key)
+        return archive
+
+    return issue
+
+
+@pytest.fixture
 def newer_into(kit, newer):
     return kit, newer
 
@@ -261,6 +275,21 @@ def test_a_version_that_the_site_does_not_accept_is_refused(kit, newer, trusted)
         install(kit, newer, only_old)
     both = Pins(trusted.participant, trusted.root, trusted.code, (fedimaging.__version__, "0.2.0"))
     assert install(kit, newer, both)["version"] == "0.2.0"
+
+
+@pytest.mark.parametrize(
+    "case", [("0.2.0", "0.1.9", True), ("0.10.0", "0.9.0", True), ("0.9.0", "0.10.0", False), ("0.2.0", "0.2", False)]
+)
+def test_an_older_package_is_installed_only_if_that_is_asked_for(kit, trusted, issued, case):
+    old, new, refused = case
+    install(kit, issued(old), trusted)
+    if refused:
+        before = tree(kit)
+        with pytest.raises(KitError, match=f"{new} is older than {old}, which is installed; `rollback` goes back"):
+            install(kit, issued(new), trusted)
+        assert tree(kit) == before
+    assert install(kit, issued(new), trusted, downgrade=refused)["version"] == new
+    assert rollback(kit, trusted)["version"] == old
 
 
 @pytest.mark.parametrize("content", [b"", b"not a package", b"\x1f\x8b\x08\x00", b"\x1f\x8b" + b"\0" * 100])
