@@ -257,10 +257,15 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def private_key(federation: Federation, name: str) -> Path:
+    """Where a participant's private key is, as long as it is here."""
+    kit = federation.kit(name)
+    return kit / str(json.loads((kit / MANIFEST).read_text())["key"])
+
+
 def remove_private_key(federation: Federation, name: str) -> None:
     """Deletes a participant's private key here; from now on the participant alone has it."""
-    kit = federation.kit(name)
-    key = kit / json.loads((kit / MANIFEST).read_text())["key"]
+    key = private_key(federation, name)
     if key.exists():
         with key.open("r+b") as file:
             file.write(b"\0" * key.stat().st_size)

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedimaging.errors import FedImagingError
 from provisioning import kit as kit_file
-from provisioning.federation import HANDOVER, Federation, discard, remove_private_key
+from provisioning.federation import HANDOVER, Federation, discard, private_key, remove_private_key
 from provisioning.kit import ARCHIVE, MANIFEST, hash_file, seal, spoken, write_private
 
 SHEET = "sheet.txt"
@@ -38,6 +38,11 @@ def hand_over(federation: Federation, name: str) -> tuple[Path, str]:
         if not (kit / MANIFEST).is_file():
             raise FedImagingError(f"{kit}: the kit is missing; restore it from a backup")
         manifest = json.loads((kit / MANIFEST).read_text())
+        if not entry.get("own_key") and not private_key(federation, name).exists():
+            raise FedImagingError(
+                f"{name}: its private key is no longer here, as a handover was cut short; nobody has the passphrase of "
+                "that archive: add the participant anew under another name"
+            )
         passphrase = new_passphrase()
         folder = federation.folder / HANDOVER / name
         discard(folder)
@@ -47,8 +52,8 @@ def hand_over(federation: Federation, name: str) -> tuple[Path, str]:
         shutil.copyfile(kit_file.__file__, folder / "kit.py")
         (folder / SHEET).write_text(sheet(manifest, entry, archive, folder / "kit.py"))
         entry |= {"handed_over": datetime.now(UTC).isoformat(timespec="seconds"), "archive": hash_file(archive)}
-        federation.save()
         remove_private_key(federation, name)
+        federation.save()
         return folder, passphrase
 
 

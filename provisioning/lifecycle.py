@@ -20,6 +20,7 @@ from provisioning.federation import (
     certificate_facts,
     discard,
     now,
+    private_key,
     remove_private_key,
 )
 from provisioning.keys import Keys, Revoked
@@ -138,6 +139,13 @@ def _certificate_path(federation: Federation, name: str) -> Path:
         raise FedImagingError(f"{kit}: the kit is missing; restore it from a backup") from None
 
 
+def _key_is_here(federation: Federation, name: str) -> bool:
+    try:
+        return private_key(federation, name).exists()
+    except OSError:
+        return False  # the kit is gone, with whatever was in it
+
+
 @dataclass(frozen=True)
 class Standing:
     """How a participant stands.
@@ -180,7 +188,7 @@ def standings(federation: Federation, at: datetime | None = None) -> list[Standi
                     for key, words in (("removed", "removed"), ("handed_over", "handed over"), ("built", "built"))
                     if key in entry
                 ),
-                "participant" if entry.get("own_key") or "handed_over" in entry else "here, until handover",
+                "here, until handover" if _key_is_here(federation, name) else "participant",
                 f"{package['version']} {package['sha256'][:12]}" if package else "",
                 "removed" in entry,
             )

@@ -14,8 +14,10 @@ import pytest
 from fedimaging.errors import FedImagingError
 from provisioning import kit as kit_file
 from provisioning.cli import main
+from provisioning.federation import Federation
 from provisioning.handover import hand_over, new_passphrase, pack
 from provisioning.kit import ARCHIVE, KitError, hash_file, open_archive, seal, spoken, unseal, verify
+from provisioning.lifecycle import standings
 from tests.provisioning.conftest import make_federation, pins, project_text, tree
 
 
@@ -106,7 +108,7 @@ def test_a_hostile_archive_writes_nothing_outside_the_kit(tmp_path, name):
     with pytest.raises(KitError, match="not a plain file inside the kit"):
         open_archive(archive, "p", tmp_path)
     assert not list(tmp_path.rglob("*outside*"))
-    assert list((tmp_path / "x").iterdir()) == []
+    assert list(tmp_path.iterdir()) == [archive]
 
 
 @pytest.mark.parametrize("participant", ["..", "../x", "/tmp/x", "a/b", ""])
@@ -118,10 +120,42 @@ def test_a_hostile_participant_name_is_no_folder(tmp_path, participant):
     assert not (tmp_path / "to").exists()
 
 
-def test_a_header_cannot_ask_for_boundless_memory(tmp_path):
-    sealed = seal(b"x", "p", ARCHIVE).replace(b'"n": 16', b'"n": 1099511627776')
+@pytest.mark.parametrize("n", [b"1099511627776", b"0", b"-2", b"1", b"12", b"1e999", b"[]"])
+def test_a_header_cannot_ask_for_boundless_memory_or_what_scrypt_cannot(n):
+    sealed = seal(b"x", "p", ARCHIVE).replace(b'"n": 16', b'"n": ' + n)
     with pytest.raises(KitError, match="not a file of the format"):
         unseal(sealed, "p", ARCHIVE, "x")
+
+
+def test_a_nonce_of_another_length_is_told():
+    sealed = seal(b"x", "p", ARCHIVE)
+    with pytest.raises(KitError, match="not a file of the format"):
+        unseal(sealed.replace(b'"nonce": "', b'"nonce": "ab'), "p", ARCHIVE, "x")
+
+
+def twice_the_same():
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for _ in range(2):
+            tar.addfile(tarfile.TarInfo("a"), io.BytesIO(b""))
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "plain", [b"", b"no tar", b"\x1f\x8b\x08\x00", b"\x1f\x8b" + b"\0" * 100, twice_the_same(), "cut short"]
+)
+def test_an_archive_that_is_no_kit_is_told_in_a_line_and_leaves_nothing(handed_over, tmp_path, plain, capsys):
+    if plain == "cut short":
+        whole = pack(handed_over.kits / "hospital-b", "2026-01-01T00:00:00+00:00")
+        plain = whole[: len(whole) // 2]
+    archive, passphrase = tmp_path / "x.kit", tmp_path / "passphrase"
+    archive.write_bytes(seal(plain, "p", ARCHIVE, participant="x"))
+    passphrase.touch(mode=0o600)
+    passphrase.write_text("p")
+    arguments = ["open", str(archive), "--to", str(tmp_path / "to"), "--passphrase-file", str(passphrase)]
+    assert kit_file.main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {archive}: holds no kit: ")
+    assert list((tmp_path / "to").iterdir()) == []
 
 
 def test_the_sheet_says_what_is_read_out(handed_over):
@@ -174,6 +208,28 @@ def test_a_kit_that_is_gone_is_told(tmp_path):
     (made.folder / "kits/hospital-a/kit_manifest.json").unlink()
     with pytest.raises(FedImagingError, match="the kit is missing"):
         hand_over(made.federation, "hospital-a")
+
+
+def test_a_handover_that_is_cut_short_does_not_leave_a_key_that_is_said_to_be_gone(tmp_path, monkeypatch):
+    made = make_federation(tmp_path, project_text())
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Federation, "save", lambda self: sys.exit("power cut"))
+        hand_over(made.federation, "hospital-a")
+    federation = Federation(made.folder)
+    assert not (made.folder / "kits/hospital-a/startup/client.key").exists()
+    keys = {one.name: one.key for one in standings(federation)}
+    assert (keys["hospital-a"], keys["hospital-b"]) == ("participant", "here, until handover")
+    with pytest.raises(FedImagingError, match="a handover was cut short"):
+        hand_over(federation, "hospital-a")
+
+
+def test_the_status_looks_at_the_key_s_file_and_not_at_the_record(tmp_path):
+    made = make_federation(tmp_path, project_text())
+    key = made.folder / "kits/hospital-a/startup/client.key"
+    pem = key.read_bytes()
+    hand_over(made.federation, "hospital-a")
+    key.write_bytes(pem)  # as a backup of the folder brings it back
+    assert {one.name: one.key for one in standings(made.federation)}["hospital-a"] == "here, until handover"
 
 
 def test_a_packed_kit_says_nothing_of_the_machine_that_packed_it(handed_over):
