@@ -11,6 +11,7 @@ from nvflare.apis.workspace import Workspace
 
 from fedimaging.errors import FedImagingError
 from fedimaging.federation.earlier import BEST_MODEL, LAST_MODEL, take_over
+from fedimaging.federation.protocol import SELECTION
 
 LEAD = {"submitter_name": "lead@example.org", "submitter_org": "consortium"}
 JOB = "5f0c1b0e-6a2f-4f0c-9f39-000000000001"
@@ -18,7 +19,7 @@ JOB = "5f0c1b0e-6a2f-4f0c-9f39-000000000001"
 
 @pytest.fixture
 def server(tmp_path):
-    """A server's workspace with the folder of a job that was killed in its fourth round."""
+    """A server's workspace with the folder of a job that was killed in its fourth round, whose model was the best."""
     for name in ("startup", "local"):
         (tmp_path / name).mkdir()
     resources = {"components": [{"id": "job_manager", "args": {"uri_root": str(tmp_path / "store")}}]}
@@ -30,7 +31,8 @@ def server(tmp_path):
     events = [{"event": "start", "rounds": 9}, *rounds[:3], {"event": "late", "round": 2, "site": "b"}, rounds[3]]
     (run / "rounds.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "rou')
     for name, value in ((LAST_MODEL, 2.0), (BEST_MODEL, 1.0)):
-        torch.save({"model": {"w": torch.tensor([value])}, "meta_props": {"current_round": 2}}, run / name)
+        saved = {"model": {"w": torch.tensor([value])}, "meta_props": {"current_round": 2}, SELECTION: (3, 0.35)}
+        torch.save(saved, run / name)
     return tmp_path
 
 
@@ -58,6 +60,7 @@ def test_rounds_up_to_the_last_model_and_both_models_are_taken_over(server, kept
     assert [record["round"] for record in run.rounds] == [0, 1, 2], "the round whose model was not saved is run again"
     assert (run.next_round, run.start["rounds"], run.state["w"].item()) == (3, 9, 2.0)
     assert torch.load(server / "new" / BEST_MODEL, weights_only=True)["model"]["w"].item() == 1.0
+    assert run.best == (3, 0.35), "as its file says, though no line of a kept round does"
 
 
 @pytest.mark.parametrize("other", [{"submitter_name": "else@example.org"}, {"submitter_org": "elsewhere"}])
@@ -70,6 +73,9 @@ def test_nobody_gets_at_another_s_model_by_continuing_the_job(server, other):
 def test_a_job_without_a_model_or_unknown_is_told(server):
     with pytest.raises(FedImagingError, match="the server keeps no job"):
         resume(server, job="5f0c1b0e-6a2f-4f0c-9f39-000000000002")
+    (server / JOB / BEST_MODEL).unlink()
+    with pytest.raises(FedImagingError, match="no best model"):
+        resume(server)
     (server / JOB / LAST_MODEL).unlink()
     with pytest.raises(FedImagingError, match="before its first round"):
         resume(server)

@@ -1,20 +1,26 @@
 """What the server makes of results that it should not take as they come."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from nvflare.apis.client import Client
 from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.aggregators.weighted_aggregation_helper import WeightedAggregationHelper
+from nvflare.app_opt.pt.model_persistence_format_manager import PTModelPersistenceFormatManager
 
 from fedimaging.errors import Reason
+from fedimaging.federation.earlier import EarlierRun
+from fedimaging.federation.persistor import NetworkPersistor
 from fedimaging.federation.protocol import COUNTED, REPORT
+from fedimaging.federation.selection import ModelSelection
 from fedimaging.federation.workflow import FederatedAveraging
-from fedimaging.training.strategies import Server
+from fedimaging.training.strategies import FedAvg, Server
 
 
 @pytest.fixture
@@ -98,6 +104,46 @@ def test_a_mean_does_not_depend_on_who_arrives_first(workflow, monkeypatch):
         means.append(workflow.update_model(start, mean).params["w"])
     assert means[0].dtype == np.float32
     assert all(np.array_equal(mean, means[0]) for mean in means)
+
+
+@pytest.fixture
+def persistor(tmp_path):
+    task = {"name": "classification", "classes": ["normal", "pneumonia"], "image_size": 32}
+    persistor = NetworkPersistor(task, {"name": "ResNet18"}, 0)
+    persistor.persistence_manager = PTModelPersistenceFormatManager({"w": torch.ones(2)})
+    persistor._best_ckpt_save_path = str(tmp_path / "best.pt")
+    return persistor
+
+
+def test_the_file_of_the_best_model_says_which_one_it_is(workflow, persistor, tmp_path, monkeypatch):
+    workflow.persistor, workflow._selection = persistor, ModelSelection("auroc")
+    monkeypatch.setattr(workflow, "fire_event", persistor.handle_event)
+    said = []
+    for number, value in enumerate([0.6, 0.8, 0.7]):
+        workflow.current_round = number
+        workflow._sites = {"hospital-a": {"metrics": {"auroc": value, "cases": 20}}}
+        workflow._judge_arrived(workflow.fl_ctx)
+        said.append(torch.load(tmp_path / "best.pt", weights_only=True)["selection"])
+    assert said == [(0, 0.6), (1, 0.8), (1, 0.8)]
+
+
+def test_a_continued_job_holds_the_best_model_for_what_its_file_says(workflow, persistor, monkeypatch):
+    """The crash came after the best model of round 2 was written and before the line of that round was."""
+    task, network, _ = persistor.settings()
+    rounds = [{"event": "round", "round": r, "best": r == 1, "key_metric": 0.5 + r / 10} for r in range(2)]
+    start = {"task": task.settings, "network": network, "strategy": FedAvg()}
+    dumped = {name: json.loads(settings.model_dump_json()) for name, settings in start.items()}
+    earlier = EarlierRun("5f0c", rounds, dumped, next_round=2, best=(2, 0.9))
+    monkeypatch.setattr("fedimaging.federation.workflow.take_over", lambda *_: earlier)
+    workflow.persistor, workflow.engine = persistor, SimpleNamespace(get_workspace=lambda: None)
+    workflow._selection, workflow._server = ModelSelection("auroc"), Server()
+    workflow._continue_earlier()
+    assert (workflow._selection.best_index, workflow._selection.best_value) == (2, 0.9)
+    assert (workflow.start_round, workflow.num_rounds) == (2, 1)
+    monkeypatch.setattr(workflow, "fire_event", lambda *_: pytest.fail("a worse model took the best one's place"))
+    workflow.current_round, workflow._sites = 2, {"hospital-a": {"metrics": {"auroc": 0.8, "cases": 20}}}
+    workflow._judge_arrived(workflow.fl_ctx)
+    assert workflow._judged == (0.8, False)
 
 
 def test_a_site_that_is_not_asked_this_round_still_counts_among_all(workflow, monkeypatch):

@@ -17,7 +17,7 @@ from nvflare.apis.workspace import Workspace
 from nvflare.app_common.app_constant import DefaultCheckpointFileName
 
 from fedimaging.errors import FedImagingError, Reason
-from fedimaging.federation.protocol import ROUNDS_FILE, START_MODELS_FILE, STRATEGY_STATE
+from fedimaging.federation.protocol import ROUNDS_FILE, SELECTION, START_MODELS_FILE, STRATEGY_STATE
 
 LAST_MODEL = f"app_server/{DefaultCheckpointFileName.GLOBAL_MODEL}"
 BEST_MODEL = f"app_server/{DefaultCheckpointFileName.BEST_GLOBAL_MODEL}"
@@ -38,6 +38,8 @@ class EarlierRun:
     """the last global model"""
     strategy: dict[str, Any] = field(default_factory=dict)
     """what the server's half of the strategy kept"""
+    best: tuple[int | None, float | None] = (None, None)
+    """index and value of the best global model, of its file: the rounds can lack the line of the one that it is of"""
 
 
 def take_over(job_id: str, workspace: Workspace, meta: Mapping[str, Any], run_dir: Path) -> EarlierRun:
@@ -119,7 +121,18 @@ def _read(job_id: str, source: Path) -> EarlierRun:
     run.rounds = [kept[number] for number in sorted(kept)]
     run.start = next((event for event in reversed(events) if event["event"] == "start"), {})
     run.next_round = last + 1
+    run.best = _read_best(job_id, source)
     return run
+
+
+def _read_best(job_id: str, source: Path) -> tuple[int | None, float | None]:
+    try:
+        index, value = torch.load(source / BEST_MODEL, map_location="cpu", weights_only=True)[SELECTION]
+    except Exception:
+        raise FedImagingError(
+            f"continues: job {job_id} left no best model that can be read", Reason.BAD_MODEL
+        ) from None
+    return index, value
 
 
 def _event(line: str) -> dict[str, Any] | None:

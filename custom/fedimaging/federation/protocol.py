@@ -30,6 +30,8 @@ STRATEGY_FILE: Final = "strategy.pt"
 """in a site's run directory: what the strategy keeps there, readable by its owner alone"""
 STRATEGY_STATE: Final = "strategy"
 """in the file of the last global model: what the server's half of the strategy keeps"""
+SELECTION: Final = "selection"
+"""in the file of the best global model: its index and its value, as :class:`ModelSelection` counts"""
 SIMULATED_JOB_ID: Final = "simulate_job"
 
 

@@ -37,6 +37,7 @@ from fedimaging.federation.protocol import (
     REASON_HEADER,
     REPORT,
     ROUNDS_FILE,
+    SELECTION,
     STRATEGY_STATE,
     VALIDATE_LAST,
     to_parameters,
@@ -329,8 +330,7 @@ class FederatedAveraging(FlareFedAvg):
         self.num_rounds = self._total_rounds - self.start_round
         for record in earlier.rounds:
             self._record(record)
-            if record["best"]:
-                self._selection.best_index, self._selection.best_value = record["round"], record["key_metric"]
+        self._selection.best_index, self._selection.best_value = earlier.best
 
     def _meet_returned_sites(self) -> None:
         """Learns from the server's main process which of the job's sites came back under a new registration."""
@@ -360,7 +360,13 @@ class FederatedAveraging(FlareFedAvg):
         metrics = {site: record["metrics"] for site, record in self._sites.items()}
         self._judged = self._selection.judge(self.current_round, metrics)
         if self._judged[1]:
+            self._label_best()
             self.fire_event(AppEventType.GLOBAL_BEST_MODEL_AVAILABLE, fl_ctx)
+
+    def _label_best(self) -> None:
+        """Has the file of the best model, which the next event writes, say which one it is."""
+        best = (self._selection.best_index, self._selection.best_value)
+        self.persistor.persistence_manager.other_props[SELECTION] = best
 
     def _judge_last(self, model: FLModel) -> None:
         """Has the last aggregate validated, which no further round does."""
@@ -379,6 +385,7 @@ class FederatedAveraging(FlareFedAvg):
         self.fl_ctx.set_prop(ANSWERED, sorted(self._answered), private=True, sticky=True)
         value, best = self._selection.judge(self._total_rounds, metrics)
         if best:
+            self._label_best()
             self.event(AppEventType.GLOBAL_BEST_MODEL_AVAILABLE)
         self._record(
             {
