@@ -16,7 +16,7 @@ from fedimaging.cli import main
 from fedimaging.datasets.synthetic import synthesize
 from fedimaging.federation import policy
 from fedimaging.federation.job import JobFolder
-from fedimaging.governance.grants import GRANTS_FILE, Grant, Kind, write_grants
+from fedimaging.governance.grants import GRANTS_FILE, Grant, Kind, read_grants, write_grants
 from fedimaging.governance.ledger import read_records, verify
 from fedimaging.simulator import make_workspace, simulator_command, stop_process_tree
 
@@ -210,22 +210,30 @@ def test_the_owner_sees_it_on_the_screen_and_the_page(tampered, capsys, tmp_path
 
 @pytest.fixture(scope="module")
 def consent(images, tmp_path_factory):
-    """Two sites grant one round of a job of three. One takes the grant back in the middle of that round."""
+    """Two sites take the grant of everything back in the middle of the first round. One grants one round instead."""
     folder = tmp_path_factory.mktemp("consent")
     for name in ("keeps", "takes"):
         shutil.copytree(images, folder / "data" / name, copy_function=os.link)
     workspace = folder / "w"
     make_workspace(workspace, folder / "data")
-    grant = Grant(id="one", dataset="chest_xray", job=JOB.name, submitter="*", kinds=[Kind.TRAIN], rounds=1)
+    grant = Grant(id="all", dataset="chest_xray", job=JOB.name, submitter="*", kinds=[Kind.TRAIN])
     write_grants(workspace / "local" / GRANTS_FILE, [grant])
+    one = ["--dataset", "chest_xray", "--job", JOB.name, "--anybody", "--rounds", "1", "--until", "2999-12-31"]
     process = start(make_job(folder / "job", rounds=3, **{"training.epochs": 60}), workspace, ("keeps", "takes"))
-    try:
-        deadline = time.monotonic() + 300
-        while not any(event["stage"] == "training" for event in progress(workspace, "takes")):
+    deadline = time.monotonic() + 300
+
+    def wait_for_training(site):
+        while not any(event["stage"] == "training" for event in progress(workspace, site)):
             assert process.poll() is None and time.monotonic() < deadline, workspace.with_suffix(".log").read_text()
             time.sleep(0.05)
-        assert main(["grant", "take", "one", "--site", str(workspace / "takes")]) == 0
+
+    try:
+        wait_for_training("takes")
+        assert main(["grant", "take", "all", "--site", str(workspace / "takes")]) == 0
         before = len([e for e in progress(workspace, "takes") if e["stage"] == "training"])
+        wait_for_training("keeps")
+        assert main(["grant", "give", *one, "--site", str(workspace / "keeps")]) == 0
+        assert main(["grant", "take", "all", "--site", str(workspace / "keeps")]) == 0
         process.wait(400)
     finally:
         stop_process_tree(process.pid)
@@ -255,7 +263,8 @@ def test_the_lead_learns_which_site_and_no_consent_and_nothing_else(consent):
 def test_used_up_rounds_end_the_job_as_min_clients_says(consent):
     lines = [line for line in ledger(consent.workspace, "keeps") if line["task"] == "train"]
     assert [line["gate"] for line in lines] == ["passed", "refused: no_consent"]
-    assert "1 rounds of the grant one are used up" in lines[1]["consent"]
+    (grant,) = read_grants(consent.workspace / "keeps/local" / GRANTS_FILE)
+    assert f"1 rounds of the grant {grant.id} are used up" in lines[1]["consent"]
     assert not any(record["event"] == "end" for record in rounds(consent.workspace))
 
 

@@ -21,7 +21,7 @@ from fedimaging.federation.executor import gate_is_last
 from fedimaging.federation.gate import Gate
 from fedimaging.federation.protocol import REASON_HEADER, REPORT
 from fedimaging.governance.grants import GRANTS_FILE, Grant, Kind, write_grants
-from fedimaging.governance.ledger import read_records, verify
+from fedimaging.governance.ledger import Ledger, read_records, verify
 from fedimaging.tasks.classification import ClassificationEvaluation, ClassificationMetrics
 from fedimaging.tasks.declared import Evaluation, fault
 from fedimaging.tasks.segmentation import SegmentationEvaluation
@@ -87,7 +87,9 @@ def site(tmp_path, monkeypatch):
     """A site with one grant, and the hands to take tasks and pass results."""
     (tmp_path / "local").mkdir()
     grants = tmp_path / "local" / GRANTS_FILE
-    write_grants(grants, [Grant(id="g", dataset="d", job="j", submitter="*", kinds=["train", "evaluate"], rounds=2)])
+    with Ledger(tmp_path).locked() as ledger:
+        values = {"kinds": ["train", "evaluate"], "rounds": 2, "ledger": ledger.id}
+    write_grants(grants, [Grant(id="g", dataset="d", job="j", submitter="*", **values)])
     job = JobFacts("job-1", "j", "5d" * 32, "d", "lead@example.org", "lead", signed=False)
     custody = Custody(
         site="hospital-a", folder=tmp_path, local=tmp_path / "local", job=job, declare=lambda: DECLARED,

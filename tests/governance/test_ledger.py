@@ -1,19 +1,23 @@
 """The ledger: what an edit, a crash and two writers do to it, and what the owner sees of it."""
 
+import errno
 import json
 import multiprocessing
+import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
 
 import pytest
 
 from fedimaging.cli import main
-from fedimaging.errors import FedImagingError
-from fedimaging.governance.grants import Grant, Kind, write_grants
+from fedimaging.errors import FedImagingError, Reason
+from fedimaging.governance.grants import Grant, Kind, NoConsentError, Request, decide, read_grants, write_grants
 from fedimaging.governance.ledger import (
     HEAD_FILE,
     LEDGER_FILE,
@@ -44,6 +48,10 @@ def write(folder, count, start=0):
             book.append(entry(number))
 
 
+def granted(**values):
+    return Grant(id="g", dataset="chest_xray", job="*", submitter="*", kinds=["train"], **values)
+
+
 @pytest.fixture
 def site(tmp_path):
     (tmp_path / "local").mkdir()
@@ -62,7 +70,7 @@ def test_a_ledger_is_whole_and_each_line_holds_the_hash_of_the_one_before(site):
     assert [record["previous"] for record in records] == [START, *check.hashes[:-1]]
     assert re.fullmatch(r"2\d{3}-\d\d-\d\dT[\d:.]+\+00:00", records[0]["time"])
     assert oct((site / LEDGER_FILE).stat().st_mode & 0o777) == "0o600"
-    assert rounds_used(site) == {"g": 5}
+    assert rounds_used(site)(granted()) == 5
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -136,13 +144,130 @@ def test_a_line_that_was_cut_short_is_dropped_and_told(site, kept):
     assert (site / LEDGER_FILE).read_bytes().startswith(whole)
 
 
-def test_a_crash_between_line_and_head_is_no_edit(site):
-    head = (site / HEAD_FILE).read_bytes()
-    write(site, 1, start=5)
-    (site / HEAD_FILE).write_bytes(head)
-    assert verify(site).faults == []
+CRASH = """
+import os, sys
+from pathlib import Path
+from fedimaging.governance import ledger
+from tests.governance.test_ledger import write
+calls = 0
+def fsync(handle):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[2]):
+        os._exit(9)
+ledger.os.fsync = fsync
+write(Path(sys.argv[1]), 1, start=5)
+"""
+
+
+@pytest.mark.parametrize(("step", "count", "unfinished"), [(1, 5, True), (2, 6, False), (3, 6, False)])
+def test_a_crash_at_any_step_is_no_edit_and_the_next_line_tells_of_one_that_was_lost(
+    site, step, count, unfinished, capsys
+):
+    assert subprocess.run([sys.executable, "-c", CRASH, str(site), str(step)], check=False).returncode == 9
+    check = verify(site)
+    assert (check.lines, check.faults, check.unfinished) == (count, [], unfinished)
+    assert main(["ledger", "verify", "--site", str(site)]) == 0
+    assert ("a crash cut short the line" in capsys.readouterr().out) is unfinished
     write(site, 1, start=6)
-    assert (verify(site).lines, verify(site).faults) == (7, [])
+    check = verify(site)
+    assert (check.lines, check.faults, check.unfinished) == (count + 1, [], False)
+    assert ("unfinished" in read_records(site)[-1]) is unfinished
+
+
+def forge(site, **changes):
+    """Adds a line that follows the last by its hash."""
+    record = {**read_records(site)[-1], "previous": verify(site).last, **changes}
+    with (site / LEDGER_FILE).open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_lines_that_were_added_at_the_end_are_told_though_they_follow(site, count):
+    for number in range(count):
+        forge(site, round=number, job="never_ran")
+    assert verify(site).faults == [f"{count} lines at the end were not written by this programme"]
+    with pytest.raises(FedImagingError, match="the ledger was changed"), Ledger(site).locked():
+        pass
+
+
+def test_after_a_crash_too_no_other_line_than_the_one_begun_is_taken(site):
+    subprocess.run([sys.executable, "-c", CRASH, str(site), "1"], check=False)
+    forge(site, job="never_ran")
+    assert verify(site).faults
+    (site / LEDGER_FILE).write_bytes(b"".join(lines(site)[:-2]))
+    assert verify(site).faults
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_write_that_fails_leaves_no_part_of_a_line_and_no_line(site, step, monkeypatch):
+    before, calls, really = (site / LEDGER_FILE).read_bytes(), [], os.fsync
+
+    def fsync(handle):
+        calls.append(handle)
+        if len(calls) == step:
+            raise OSError(errno.EIO, "injected")
+        really(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(FedImagingError) as caught, Ledger(site).locked() as book:
+        book.append(entry(5))
+    assert caught.value.reason is Reason.NO_DISK_SPACE
+    assert (site / LEDGER_FILE).read_bytes() == before
+    assert (verify(site).faults, verify(site).unfinished) == ([], False)
+    write(site, 1, start=6)
+    assert [record["round"] for record in read_records(site)] == [0, 1, 2, 3, 4, 6]
+    assert rounds_used(site)(granted()) == 6
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_line_keeps_no_part_of_it(site):
+    before = (site / LEDGER_FILE).read_bytes()
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ledger = Ledger(site)
+    with ledger.locked() as book:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
+        try:
+            with pytest.raises(FedImagingError, match="can't be written"):
+                book.append(entry(5))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert (site / LEDGER_FILE).read_bytes() == before
+        book.append(entry(6))
+    assert "dropped_bytes" not in read_records(site)[-1]
+    assert (verify(site).lines, verify(site).faults) == (6, [])
+
+
+def test_rounds_are_not_had_again_by_setting_the_ledger_aside(site, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    give = ["grant", "give", "--dataset", "chest_xray", "--job", "j", "--anybody", "--rounds", "5"]
+    where = ["--site", str(site)]
+    assert main([*give, "--until", "2999-12-31", *where]) == 0
+    (grant,) = read_grants(site / "local/grants.yml")
+    with Ledger(site).locked() as book:
+        assert (grant.ledger, book.rounds(grant)) == (book.id, 0)
+        book.append(entry(5, grant=grant.id))
+        assert book.rounds(grant) == 1
+    assert rounds_used(site)(grant) == 1
+    for name in (LEDGER_FILE, HEAD_FILE):
+        (site / name).unlink()
+    assert rounds_used(site)(grant) is None
+    with Ledger(site).locked() as book:
+        assert book.rounds(grant) is None
+        assert book.rounds(granted()) == 0
+    asked = Request("chest_xray", "j", "5d" * 32, "", "", False, Kind.TRAIN, counts=True)
+    with pytest.raises(NoConsentError, match="counted in another ledger; give it anew"):
+        decide([grant], asked, rounds_used(site), datetime.now(UTC))
+    assert main(["grant", "list", *where]) == 0
+    assert "void" in capsys.readouterr().out
+    assert main([*give, "--until", "2999-12-31", *where]) == 0
+    anew = read_grants(site / "local/grants.yml")[1]
+    assert decide([grant, anew], asked, rounds_used(site), datetime.now(UTC)) == anew
+
+
+def test_a_grant_of_rounds_that_names_no_ledger_is_void(site):
+    assert rounds_used(site)(granted(rounds=3)) is None
+    with Ledger(site).locked() as book:
+        assert book.rounds(granted(rounds=3)) is None
 
 
 def test_jobs_that_write_at_once_do_not_mix_their_lines(tmp_path):
@@ -158,7 +283,7 @@ def test_jobs_that_write_at_once_do_not_mix_their_lines(tmp_path):
     assert verify(tmp_path).faults == []
     rounds = [record["round"] for record in read_records(tmp_path)]
     assert sorted(rounds) == [*range(40), *range(100, 140), *range(200, 220), *range(300, 320)]
-    assert rounds_used(tmp_path)["g"] == 120
+    assert rounds_used(tmp_path)(granted()) == 120
 
 
 def test_a_place_that_cannot_be_written_is_an_error_and_no_line(tmp_path):
@@ -216,10 +341,13 @@ def test_a_collector_that_is_not_there_is_one_line(site, capsys):
 
 
 def test_the_owner_s_page_says_what_ran_left_was_refused_and_is_granted(site, tmp_path, capsys):
+    with Ledger(site).locked() as book:
+        ledger = book.id
+    values = {"dataset": "chest_xray", "job": "chest_xray_fedavg", "submitter": "lead@example.org", "kinds": ["train"]}
     grants = [
-        Grant(id="g", dataset="chest_xray", job="chest_xray_fedavg", submitter="lead@example.org", kinds=["train"],
-              rounds=12, until="2999-12-31"),
-    ]  # fmt: skip
+        Grant(id="g", **values, rounds=12, until="2999-12-31", ledger=ledger),
+        Grant(id="old", **values, rounds=7),
+    ]
     write_grants(site / "local/grants.yml", grants)
     with Ledger(site).locked() as book:
         book.append(entry(5, job="<script>alert(1)</script>", job_id="job-2", bytes_out=0, sha256=None, grant=None,
@@ -228,7 +356,15 @@ def test_the_owner_s_page_says_what_ran_left_was_refused_and_is_granted(site, tm
     out = tmp_path / "page.html"
     assert main(["ledger", "report", "--out", str(out), "--site", str(site)]) == 0
     page, data = out.read_text(), json.loads(out.with_suffix(".json").read_text())
-    for words in ("lead@example.org", "5 of 12", "2999-12-31", "no grant for the job x", "not declared", "ab" * 32):
+    for words in (
+        "lead@example.org",
+        "5 of 12",
+        "2999-12-31",
+        "void",
+        "no grant for the job x",
+        "not declared",
+        "ab" * 32,
+    ):
         assert words in page
     assert "<script" not in page
     assert "&lt;script&gt;" in page

@@ -101,7 +101,7 @@ class TaskInHand:
     def ask(self) -> None:
         """Asks the grants. Raises NoConsentError where none allows the task."""
         with self._ledger.locked() as ledger:
-            self._decide(lambda grant: ledger.rounds(grant.id))
+            self._decide(ledger.rounds)
 
     def check(self) -> None:
         """Asks again if the grants file changed or the grant's last day is over; cheap enough for every batch."""
@@ -120,7 +120,7 @@ class TaskInHand:
         """
         with self._ledger.locked() as ledger:
             try:
-                self._decide(lambda grant: ledger.rounds(grant.id))
+                self._decide(ledger.rounds)
             except NoConsentError:
                 self._write(ledger, "kept back: no consent any more")
                 raise
@@ -138,7 +138,7 @@ class TaskInHand:
                 self.closed = True
                 log.error("not in the ledger: %s (%s)", error, gate)
 
-    def _decide(self, used: Callable[[Grant], int]) -> None:
+    def _decide(self, used: Callable[[Grant], int | None]) -> None:
         if self._request is None:
             return
         # The stamp of before: what changes while it is read is seen at the next check.

@@ -121,10 +121,9 @@ def in_words(asked: Asked, site: Path) -> list[tuple[str, str]]:
 
 
 def _verdict(asked: Asked, kind: Kind, site: Path) -> str:
-    used = rounds_used(site)
     try:
         grants = read_grants(site / "local" / GRANTS_FILE)
-        grant = decide(grants, asked.request(kind), lambda grant: used[grant.id], datetime.now(UTC))
+        grant = decide(grants, asked.request(kind), rounds_used(site), datetime.now(UTC))
     except NoConsentError as error:
         return "no: " + str(error).partition("; `python")[0]
     return f"yes, by the grant {grant.id}"

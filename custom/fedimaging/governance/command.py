@@ -26,7 +26,7 @@ from fedimaging.governance.grants import (
     read_grants,
     write_grants,
 )
-from fedimaging.governance.ledger import PASSED, read_lines, read_records, rounds_used, verify
+from fedimaging.governance.ledger import PASSED, Ledger, read_lines, read_records, rounds_used, verify
 
 _SYSLOG_PORT = 514
 _PROGRAM = "fedimaging-ledger"
@@ -116,7 +116,7 @@ def _list(_: argparse.Namespace, site: Path) -> int:
     table = _table("id", "dataset", "job", "who", "for", "rounds", "until", title="Granted")
     for grant in grants:
         job = f"{grant.job} (this configuration: {grant.config[:12]})" if grant.config else grant.job
-        rounds = f"{used[grant.id]} of {grant.rounds}" if grant.rounds else f"{used[grant.id]}, no limit"
+        rounds = _rounds(grant, used(grant))
         until = f"{grant.until or 'no end'}{' (over)' if grant.expired(now) else ''}"
         table.add_row(grant.id, grant.dataset, job, grant.who, ", ".join(grant.kinds), rounds, until)
     _print(table if grants else "Nothing is granted: every job is refused.")
@@ -132,6 +132,12 @@ def _list(_: argparse.Namespace, site: Path) -> int:
             )
         _print(table)
     return 0
+
+
+def _rounds(grant: Grant, used: int | None) -> str:
+    if used is None:
+        return f"void: another ledger counts the {grant.rounds}; give it anew"
+    return f"{used} of {grant.rounds}" if grant.rounds else f"{used}, no limit"
 
 
 def _show(arguments: argparse.Namespace, site: Path) -> int:
@@ -170,6 +176,8 @@ def _give(arguments: argparse.Namespace, site: Path) -> int:
             "until": _day(arguments.until),
         }
     )
+    with Ledger(site).locked() as ledger:
+        grant = grant.model_copy(update={"ledger": ledger.id})
     write_grants(path, [*grants, grant])
     _print(
         f"granted ({grant.id}): {grant.who} may {' and '.join(grant.kinds)} on {grant.dataset} with {grant.job}, "
@@ -248,6 +256,8 @@ def _verify(arguments: argparse.Namespace, site: Path) -> int:
         print(fault)
     if not check.faults:
         print(f"whole: {check.lines} lines; the last has the hash {check.last}")
+    if check.unfinished:
+        print("a crash cut short the line after it: that was not written, and what it would have told of did not leave")
     return 1 if check.faults else 0
 
 

@@ -8,6 +8,7 @@
         submitter: lead@example.org   # or role: lead
         kinds: [train, evaluate]
         rounds: 12                    # of training, counted in the ledger
+        ledger: 8c1f2e90a4b7d356      # its id, written by `grant give`; another ledger, and the grant is void
         until: 2026-12-31             # the last day, UTC
 
 ``"*"`` stands for any dataset, job or submitter; without ``rounds`` or ``until`` there is no limit. A file that is
@@ -67,6 +68,7 @@ class Grant(BaseModel):
     role: Person | None = None
     kinds: Annotated[list[Kind], Field(min_length=1)]
     rounds: Annotated[int, Field(ge=1, strict=True)] | None = None
+    ledger: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")] | None = None
     until: date | None = None
 
     @model_validator(mode="after")
@@ -116,17 +118,18 @@ class NoConsentError(FedImagingError):
         super().__init__(message, Reason.NO_CONSENT)
 
 
-def decide(grants: Iterable[Grant], request: Request, used: Callable[[Grant], int], now: datetime) -> Grant:
+def decide(grants: Iterable[Grant], request: Request, used: Callable[[Grant], int | None], now: datetime) -> Grant:
     """The grant that allows a request.
 
     Args:
-        used: how many rounds a grant has paid for already.
+        used: how many rounds a grant has paid for already; None if another ledger counted them.
 
     Raises:
         NoConsentError: none does; the message says, at the site, how near the nearest came.
     """
     nearest, why = -1, f"no grant for the dataset {request.dataset}"
     for grant in grants:
+        rounds = used(grant)
         steps = [
             (_fits(grant.dataset, request.dataset), f"no grant for the dataset {request.dataset}"),
             (_fits(grant.job, request.job), f"no grant for the job {request.job}"),
@@ -134,8 +137,9 @@ def decide(grants: Iterable[Grant], request: Request, used: Callable[[Grant], in
             (_same_person(grant, request), f"the grant {grant.id} is for {grant.who}, {_not_them(grant, request)}"),
             (request.kind in grant.kinds, f"the grant {grant.id} is not for the kind {request.kind}"),
             (not grant.expired(now), f"the grant {grant.id} expired on {grant.until}"),
+            (rounds is not None, f"the rounds of the grant {grant.id} are counted in another ledger; give it anew"),
             (
-                not request.counts or grant.rounds is None or used(grant) < grant.rounds,
+                not request.counts or grant.rounds is None or (rounds or 0) < grant.rounds,
                 f"the {grant.rounds} rounds of the grant {grant.id} are used up",
             ),
         ]

@@ -117,7 +117,7 @@ def _grants(site: Path) -> tuple[list[dict[str, Any]], str | None]:
         return [], str(error).replace(str(site / "local"), "local")
     used, now = rounds_used(site), datetime.now(UTC)
     return [
-        grant.model_dump(mode="json") | {"who": grant.who, "used": used[grant.id], "over": grant.expired(now)}
+        grant.model_dump(mode="json") | {"who": grant.who, "used": used(grant), "over": grant.expired(now)}
         for grant in grants
     ], None
 
