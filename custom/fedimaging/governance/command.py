@@ -53,7 +53,7 @@ def add_commands(subparsers: Any) -> None:
     give.add_argument("--submitter", metavar="NAME", help="who may submit it, by the name in their certificate")
     give.add_argument("--role", help="anyone of this role may, for example lead")
     give.add_argument("--anybody", action="store_true", help="whoever submits it, signed or not")
-    give.add_argument("--kinds", default="train,evaluate", help="of train, evaluate, statistics (default: %(default)s)")
+    give.add_argument("--kinds", default="train,evaluate", help="of train, evaluate (default: %(default)s)")
     give.add_argument("--rounds", type=int, required=True, metavar="N", help="how many rounds of training")
     give.add_argument("--until", required=True, metavar="YYYY-MM-DD", help="the last day, in UTC")
     take = _add(actions, "take", _take, "take grants back; a running job stops at its next batch",

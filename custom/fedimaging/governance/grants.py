@@ -43,11 +43,10 @@ _HEADER = """\
 
 
 class Kind(StrEnum):
-    """What a job does with the data."""
+    """What a job does with the data. No job asks for statistics alone: those of an evaluation are part of it."""
 
     TRAIN = "train"
     EVALUATE = "evaluate"
-    STATISTICS = "statistics"
 
 
 JobName = Annotated[str, StringConstraints(pattern=r"^(\*|[A-Za-z0-9][A-Za-z0-9_.-]{0,63})$")]
