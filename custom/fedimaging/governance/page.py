@@ -5,14 +5,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
-
 from fedimaging import __version__
 from fedimaging.errors import FedImagingError
 from fedimaging.governance.grants import GRANTS_FILE, read_grants
 from fedimaging.governance.ledger import PASSED, read_records, rounds_used, verify
 from fedimaging.report.collect import REASONS
-from fedimaging.report.html import duration, size, write_files
+from fedimaging.report.html import page_environment, write_files
 
 
 def write_page(site: Path, out: Path | None = None) -> tuple[Path, Path]:
@@ -55,14 +53,8 @@ def collect(site: Path) -> dict[str, Any]:
 
 def render(content: dict[str, Any]) -> str:
     """The page. Every text in it is escaped, it runs no scripts and loads nothing."""
-    environment = Environment(
-        loader=ChoiceLoader([PackageLoader("fedimaging.governance", "."), PackageLoader("fedimaging.report", ".")]),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"size": size, "duration": duration, "minute": _minute, "people": _people}
+    environment = page_environment("fedimaging.governance")
+    environment.filters |= {"minute": _minute, "people": _people}
     return environment.get_template("page.html").render(page=content)
 
 
