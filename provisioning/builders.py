@@ -202,7 +202,8 @@ class SiteBuilder(Builder):
             for name in (SITE_FILE, GRANTS_FILE):
                 shutil.copyfile(package.TEMPLATES / name, kit / "local" / name)
         else:
-            policy.write_json(kit / "startup" / _PARENT_RESOURCES, policy.server_parent_resources())
+            parent = policy.server_parent_resources(own["settings"]["storage"])
+            policy.write_json(kit / "startup" / _PARENT_RESOURCES, parent)
 
 
 def settings(participant: Participant) -> dict[str, Any] | None:

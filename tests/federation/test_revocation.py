@@ -75,14 +75,13 @@ class Server:
 def guarded(keys, tmp_path, monkeypatch):
     """A server with the check in place, which reads its list when told and not by the clock."""
     monkeypatch.setattr(RevocationCheck, "_watch", lambda self: None)
-    server, check, path = Server(), RevocationCheck(), tmp_path / "revoked.crl"
+    server, check, path = Server(), RevocationCheck(str(tmp_path / "storage")), tmp_path / "revoked.crl"
 
     def publish(number, *entries):
         path.write_bytes(keys.revocation_list(number, entries))
         return check.check_list()
 
-    check._root, check._path = keys.root, path
-    publish(0)
+    path.write_bytes(keys.revocation_list(0, ()))
     check.guard(server, path, keys.root)
     return SimpleNamespace(server=server, check=check, path=path, publish=publish)
 
@@ -192,7 +191,7 @@ def test_a_superseded_certificate_is_refused_wherever_it_is_shown(guarded, certi
 
 
 def test_without_a_list_at_start_nobody_passes_until_there_is_one(keys, guarded, tmp_path, caplog):
-    server, check = Server(), RevocationCheck()
+    server, check = Server(), RevocationCheck(str(tmp_path / "storage"))
     path = tmp_path / "later.crl"
     check.guard(server, path, keys.root)
     fresh = SimpleNamespace(server=server)
@@ -222,6 +221,43 @@ def test_a_list_that_went_wrong_leaves_the_one_before_in_force(guarded, keys, ho
     assert not passes(guarded, message())
     assert guarded.publish(6)
     assert passes(guarded, message())
+
+
+def restarted(guarded, keys, storage):
+    """The server after a restart, with the list that lies there now."""
+    server, check = Server(), RevocationCheck(str(storage))
+    check.guard(server, guarded.path, keys.root)
+    return SimpleNamespace(server=server, check=check)
+
+
+def test_an_older_list_that_a_backup_brings_back_lets_nobody_in_after_a_restart(guarded, keys, tmp_path, caplog):
+    guarded.publish(4)
+    older = guarded.path.read_bytes()
+    guarded.publish(5, REMOVED)
+    guarded.path.write_bytes(older)
+    fresh = restarted(guarded, keys, tmp_path / "storage")
+    assert not passes(fresh, message())
+    assert "list 4 is older than list 5, which was here; everybody is refused" in caplog.text
+    guarded.path.write_bytes(keys.revocation_list(5, [REMOVED]))
+    assert fresh.check.check_list()
+    assert not passes(fresh, message())
+    assert passes(fresh, message("hospital-a"))
+
+
+def test_a_number_that_cannot_be_read_is_not_taken_as_none(guarded, keys, tmp_path):
+    guarded.publish(5, REMOVED)
+    for path in (tmp_path / "storage").iterdir():
+        path.write_text("")
+    with pytest.raises(FedImagingError, match="can't read the number of the last revocation list"):
+        restarted(guarded, keys, tmp_path / "storage")
+    assert passes(restarted(guarded, keys, tmp_path / "of another federation"), message("hospital-a"))
+
+
+def test_a_list_holds_also_where_its_number_cannot_be_kept(guarded, tmp_path, caplog):
+    (tmp_path / "storage").write_text("no folder")
+    guarded.publish(5, REMOVED)
+    assert not passes(guarded, message())
+    assert "after a restart an older list would hold" in caplog.text
 
 
 def test_sites_are_logged_out_sessions_ended_and_connections_closed(guarded):

@@ -74,10 +74,13 @@ def server_resources(storage: str) -> dict[str, Any]:
     }
 
 
-def server_parent_resources() -> dict[str, Any]:
+def server_parent_resources(storage: str) -> dict[str, Any]:
     """What only the server's long-lived process loads, besides ``resources.json``: the check of the revocation list."""
-    check = {"id": "revocation_check", "path": "fedimaging.federation.revocation.RevocationCheck", "args": {}}
-    return {"format_version": 2, "components": [check]}
+    path = "fedimaging.federation.revocation.RevocationCheck"
+    return {
+        "format_version": 2,
+        "components": [{"id": "revocation_check", "path": path, "args": {"storage": storage}}],
+    }
 
 
 def authorization() -> dict[str, Any]:

@@ -6,6 +6,7 @@ again whenever it changes, without a restart.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import FLContextKey
@@ -116,11 +118,17 @@ class RevocationCheck(FLComponent):
     - Waiting jobs of a removed user are not scheduled. Running ones go on: who wants that ended aborts them.
 
     Without a valid list at start nobody is let in until there is one. If a list that was read once is damaged, deleted
-    or replaced by an older one, the one read before holds. Both are said in the log as errors.
+    or replaced by an older one, the one read before holds. Both are said in the log as errors. The highest number of a
+    list is kept with the server's jobs: an older list that a backup brings back does not let anybody in again.
+
+    Args:
+        storage: the folder of the server's state, outside its kit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, storage: str) -> None:
         super().__init__()
+        self._storage = Path(storage)
+        self._highest = 0
         self._list: Revocations | None = None
         self._path = Path()
         self._root: x509.Certificate | None = None
@@ -146,6 +154,7 @@ class RevocationCheck(FLComponent):
     def guard(self, server: Any, path: Path, root: x509.Certificate) -> None:
         """Starts to check every message of a FLARE server against the list at ``path``, which ``root`` signed."""
         self._server, self._path, self._root = server, path, root
+        self._highest = self._read_highest()
         core_cell = server.get_cell().core_cell
         core_cell.add_incoming_filter(channel="*", topic="*", cb=self._drop)
         core_cell.add_incoming_request_filter(channel="*", topic="*", cb=self._refuse)
@@ -180,14 +189,47 @@ class RevocationCheck(FLComponent):
         except FedImagingError as error:
             self._say_broken(str(error))
             return False
-        if self._list is not None and new.number < self._list.number:
-            self._say_broken(f"{self._path}: list {new.number} is older than list {self._list.number}")
+        if new.number < self._highest:
+            self._say_broken(f"{self._path}: list {new.number} is older than list {self._highest}, which was here")
             return False
         self._list, self._told = new, set()
+        self._keep_highest(new.number)
         self.logger.info(
             f"revocation list {new.number}: {len(new.names)} removed participants, {len(new.serials)} certificates"
         )
         return True
+
+    def _number_file(self) -> Path:
+        assert self._root is not None
+        return self._storage / f"revocations-{self._root.fingerprint(hashes.SHA256()).hex()[:16]}.number"
+
+    def _read_highest(self) -> int:
+        path = self._number_file()
+        try:
+            return int(path.read_text())
+        except FileNotFoundError:
+            return 0
+        except (OSError, ValueError) as error:
+            raise FedImagingError(
+                f"{path}: can't read the number of the last revocation list ({error}); write it there, as `python -m "
+                "provisioning status` says it"
+            ) from None
+
+    def _keep_highest(self, number: int) -> None:
+        if number <= self._highest:
+            return
+        self._highest = number
+        path = self._number_file()
+        part = path.with_name(f".{path.name}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("w") as file:
+                file.write(f"{number}\n")
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError as error:
+            self._tell_once(f"{path}: can't be written: {error.strerror}; after a restart an older list would hold")
 
     def _say_broken(self, what: str) -> None:
         holds = f"list {self._list.number} still holds" if self._list else "everybody is refused until it is there"
