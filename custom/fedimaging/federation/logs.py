@@ -1,4 +1,4 @@
-"""Log formatters of kits: what could name a patient is blanked before a line is written."""
+"""Log formatters of kits: what looks as if it named a patient is blanked before a line is written."""
 
 import logging
 import re
@@ -17,16 +17,36 @@ _UID = re.compile(r"(?<![\w.])\d+(?:\.\d+){5,}(?![\w.])")
 _PATIENT = re.compile(
     r"""(?i)\b(patient(?:[ _]?(?:id|name))?(?:\s*[:=]\s*|\s+))(?:'[^'\n]*'|"[^"\n]*"|[\w^.-]*[\d^][\w^.-]*)"""
 )
+_RELATIVE = re.compile(r"""(?<![\w./:@-])[\w.^@+-]+(?:/[\w.^@+-]+)+""")
+_RATIO = re.compile(r"[\d.]+/[\d.]+|\w+/s|and/or")
+_DICOM_NAME = re.compile(r"""[^\W\d_][\w.'-]*\^[\w^.'-]*|\^[^\W\d_][\w^.'-]*""")
+_CASE = re.compile(r"(?i)\b((?:case|subject|study|series|exam|accession|mrn)(?:\s*[:=#]\s*|\s+))[\w^.-]*\d{4,}[\w^.-]*")
+_NUMBERED = re.compile(r"(?<![\w.-])(?=[\w-]*[A-Za-z])[A-Za-z]{0,8}[_-]?\d{5,}(?:[_-]\w+)*(?![\w-])")
+_UUID_OR_HASH = re.compile(r"(?i)[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{12,}")
+_RAISED = re.compile(r"(\b\w*(?:Error|Exception|Warning|Interrupt|Exit): )(.*)")
+_QUOTED = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\"""")
 
 
 def redact(text: str) -> str:
-    """Blanks names and paths of images, other folders, DICOM UIDs, and values that follow the word "patient".
+    """Blanks what looks like the name of a patient or of an image.
 
-    A DICOM file often has no suffix: of absolute paths only those to files that are certainly no images stay.
+    These are names and paths of images, other folders, DICOM UIDs and DICOM names (``DOE^JOHN``), letters with a number
+    of five digits or more, numbers and values that follow words such as "patient" and "case", and all that an exception
+    quotes. A name in running text is not known as one: no line of ours may hold one.
+
+    A DICOM file often has no suffix: of paths only those to files that are certainly no images stay.
     """
     text = _IMAGE.sub("<image>", text)
-    text = _PATH.sub(lambda found: found[0] if found[0].rstrip(".").endswith(_HARMLESS) else "<path>", text)
-    return _PATIENT.sub(r"\1<patient>", _UID.sub("<uid>", text))
+    text = _PATH.sub(_path, _RELATIVE.sub(_path, text))
+    text = _DICOM_NAME.sub("<name>", _UID.sub("<uid>", text))
+    text = _CASE.sub(r"\1<number>", _PATIENT.sub(r"\1<patient>", text))
+    text = _NUMBERED.sub(lambda found: found[0] if _UUID_OR_HASH.fullmatch(found[0]) else "<number>", text)
+    return _RAISED.sub(lambda found: found[1] + _QUOTED.sub("<text>", found[2]), text)
+
+
+def _path(found: re.Match[str]) -> str:
+    harmless = found[0].rstrip(".").endswith(_HARMLESS) or _RATIO.fullmatch(found[0])
+    return found[0] if harmless else "<path>"
 
 
 class TextFormatter(BaseFormatter):

@@ -22,6 +22,7 @@ from fedimaging.version import package_hash
 log = logging.getLogger(__name__)
 
 _REPORT_INTERVAL = 0.5
+_NAMES_CASES = (Reason.BAD_MANIFEST, Reason.UNREADABLE_IMAGES)
 
 
 class Session:
@@ -146,9 +147,14 @@ class Session:
         }
 
     def refuse(self, error: Exception) -> None:
-        """Notes why this site does not answer: in full in its own log, as a code for the server."""
+        """Notes why this site does not answer: in full in the job's folder, in its own log, as a code for the server.
+
+        What is wrong with an image or a list of them names a file or a case, and files can bear patients' names: that
+        is said in the job's folder only.
+        """
         self.refusal = _reason(error)
-        log.error("refused (%s): %s", self.refusal.value, error, exc_info=self.refusal is Reason.INTERNAL)
+        told = f"see the end of {PROGRESS_FILE} in the job's folder" if self.refusal in _NAMES_CASES else error
+        log.error("refused (%s): %s", self.refusal.value, told, exc_info=self.refusal is Reason.INTERNAL)
         self.report({"stage": "refused", "reason": self.refusal.value, "message": str(error)}, always=True)
 
     def report(self, event: dict[str, Any], always: bool = False) -> None:
