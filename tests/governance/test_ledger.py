@@ -220,6 +220,18 @@ def test_a_write_that_fails_leaves_no_part_of_a_line_and_no_line(site, step, mon
     assert rounds_used(site)(granted()) == 6
 
 
+def test_a_ledger_that_cannot_begin_begins_later(tmp_path):
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        with pytest.raises(FedImagingError, match="can't be written"), Ledger(tmp_path).locked():
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    write(tmp_path, 1)
+    assert (verify(tmp_path).lines, verify(tmp_path).faults) == (1, [])
+
+
 def test_a_disk_that_is_full_in_the_middle_of_a_line_keeps_no_part_of_it(site):
     before = (site / LEDGER_FILE).read_bytes()
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

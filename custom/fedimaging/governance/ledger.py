@@ -23,7 +23,7 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import RawIOBase
@@ -244,6 +244,8 @@ class Ledger:
             self._write_head(head)
             _sync_folder(self.path.parent)
         except OSError as error:
+            with suppress(OSError):
+                self._head_file.truncate(0)
             raise FedImagingError(
                 f"{self.head_path}: can't be written: {error.strerror}", Reason.NO_DISK_SPACE
             ) from None
