@@ -120,6 +120,7 @@ def test_identifiers_are_blanked(text):
         "fedimaging 0.1.0 (a94a8fe5ccb19ba61c4c0873d391e987982fbbd3), 12.5 cases/s",
         "case 3 of 120: stopped at the gate: shape (64, 3, 7, 7) for 'features.conv0.weight'",
         "    ~~~~~~~^^^^^^^^^",
+        "UnsafeComponentError: 'subprocess.Popen' at config.executors[0] is not on the list",
         "ConnectionError: no answer from fl.example.org:443 within 10.0 s",
         "nvflare.private.fed.app.client.client_train - INFO - identity=hospital-a, run=1, peer=server, task_id=ab12",
     ],

@@ -24,6 +24,8 @@ _CASE = re.compile(r"(?i)\b((?:case|subject|study|series|exam|accession|mrn)(?:\
 _NUMBERED = re.compile(r"(?<![\w.-])(?=[\w-]*[A-Za-z])[A-Za-z]{0,8}[_-]?\d{5,}(?:[_-]\w+)*(?![\w-])")
 _UUID_OR_HASH = re.compile(r"(?i)[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{12,}")
 _RAISED = re.compile(r"(\b\w*(?:Error|Exception|Warning|Interrupt|Exit): )(.*)")
+_DOTTED = re.compile(r"[a-z_]\w*(?:\.[A-Za-z_]\w*)+")
+"""a class that a job may not name, a layer that a model lacks"""
 _QUOTED = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\"""")
 
 
@@ -31,8 +33,9 @@ def redact(text: str) -> str:
     """Blanks what looks like the name of a patient or of an image.
 
     These are names and paths of images, other folders, DICOM UIDs and DICOM names (``DOE^JOHN``), letters with a number
-    of five digits or more, numbers and values that follow words such as "patient" and "case", and all that an exception
-    quotes. A name in running text is not known as one: no line of ours may hold one.
+    of five digits or more, numbers and values that follow words such as "patient" and "case", and what an exception
+    quotes if it is no dotted name as of a class. A name in running text is not known as one, so
+    no line of ours may hold one.
 
     A DICOM file often has no suffix: of paths only those to files that are certainly no images stay.
     """
@@ -41,7 +44,11 @@ def redact(text: str) -> str:
     text = _DICOM_NAME.sub("<name>", _UID.sub("<uid>", text))
     text = _CASE.sub(r"\1<number>", _PATIENT.sub(r"\1<patient>", text))
     text = _NUMBERED.sub(lambda found: found[0] if _UUID_OR_HASH.fullmatch(found[0]) else "<number>", text)
-    return _RAISED.sub(lambda found: found[1] + _QUOTED.sub("<text>", found[2]), text)
+    return _RAISED.sub(lambda found: found[1] + _QUOTED.sub(_quoted, found[2]), text)
+
+
+def _quoted(found: re.Match[str]) -> str:
+    return found[0] if _DOTTED.fullmatch(found[0][1:-1]) else "<text>"
 
 
 def _path(found: re.Match[str]) -> str:
