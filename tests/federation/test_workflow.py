@@ -56,6 +56,7 @@ def test_a_result_with_an_unfit_weight_is_left_out(workflow, weight):
 def test_sites_are_told_which_of_their_results_counted_last_where_the_strategy_asks(workflow, monkeypatch):
     told = []
     monkeypatch.setattr(workflow, "broadcast_model", lambda data, **_: told.append(data.meta.get(COUNTED)))
+    workflow._members = {"a", "b"}
     model = FLModel(params={"w": np.zeros(2, np.float32)})
     for acknowledges in (True, False):
         workflow._server = Server()
@@ -154,8 +155,11 @@ def test_a_site_that_is_not_asked_this_round_still_counts_among_all(workflow, mo
 
     workflow._server = Recorder()
     monkeypatch.setattr(workflow, "broadcast_model", lambda **kwargs: None)
-    for asked in (["a", "b", "c"], ["a", "b"]):
-        workflow.send_model(targets=asked)
+    sites = [SimpleNamespace(name=name) for name in "abc"]
+    workflow.engine = SimpleNamespace(get_clients=lambda: sites, sync_clients_from_main_process=lambda: None)
+    monkeypatch.setattr(workflow, "get_client_disconnect_time", lambda name: 1.0 if name == "c" else None)
+    workflow.send_model()
+    assert workflow._asked == ["a", "b"], "the third one was never there"
     workflow._received_count = 2
     model, mean = (FLModel(params={"w": np.full(2, value, np.float32)}) for value in (0.0, 1.0))
     assert workflow.update_model(model, mean).params["w"].tolist() == [1, 1]

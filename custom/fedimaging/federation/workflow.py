@@ -186,6 +186,7 @@ class FederatedAveraging(FlareFedAvg):
         """The job's sites without those that FLARE deems dead; one that came back is asked again."""
         self._meet_returned_sites()
         names: list[str] = super().sample_clients(num_clients)
+        self._members.update(names)
         return [name for name in names if not self.get_client_disconnect_time(name)]
 
     def save_model(self, model: FLModel) -> None:
@@ -205,7 +206,6 @@ class FederatedAveraging(FlareFedAvg):
     ) -> None:
         self._round_started = time.monotonic()
         self._asked = [getattr(target, "name", target) for target in targets or self.sample_clients(None)]
-        self._members.update(self._asked)
         self._answered, self._sites, self._refused, self._bytes_in = set(), {}, {}, 0
         self._training, self._met_at = task_name == AppConstants.TASK_TRAIN, None
         self._give_up_without_quorum(outstanding=self._asked)
