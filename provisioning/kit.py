@@ -190,7 +190,7 @@ def verify(kit: Path, pins: Pins, now: datetime | None = None) -> Report:
     if not (kit / "startup").is_dir() or not (kit / "local").is_dir():
         raise KitError(f"{kit}: no startup kit: it has no startup/ and local/")
     if (kit / _STAGED).exists():
-        report.add("interrupted", _STAGED, "an installation was cut short; `install`, `rollback` or `start` ends it")
+        report.add("interrupted", _STAGED, "an installation was cut short; `finish` or `start` ends it")
     manifest = _trusted_manifest(_signed_files(kit, MANIFEST, SIGNATURE, report), "kit", pins, report)
     if manifest is not None:
         report.manifest = manifest

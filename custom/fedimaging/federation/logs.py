@@ -57,14 +57,14 @@ def _path(found: re.Match[str]) -> str:
 
 
 class TextFormatter(BaseFormatter):
-    """FLARE's log line without patient identifiers; tracebacks included."""
+    """FLARE's log line after :func:`redact`; tracebacks included."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
 
 
 class JsonLinesFormatter(JsonFormatter):
-    """FLARE's JSON log line without patient identifiers; it holds no tracebacks."""
+    """FLARE's JSON log line after :func:`redact`; it holds no tracebacks."""
 
     def formatMessageDict(self, record: logging.LogRecord) -> dict[str, Any]:  # noqa: N802 (FLARE's name)
         values: dict[str, Any] = super().formatMessageDict(record)

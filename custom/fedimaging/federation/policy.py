@@ -115,7 +115,7 @@ def privacy() -> dict[str, Any]:
 
 
 def log_config() -> dict[str, Any]:
-    """Python logging for a site or the server: rotating files, and no patient identifier in any of them."""
+    """Python logging for a site or the server: rotating files, see :func:`logs.redact`."""
     text = "%(asctime)s - %(name)s - %(levelname)s - %(fl_ctx)s - %(message)s"
     full = "%(asctime)s - %(name)s - %(fullName)s - %(levelname)s - %(fl_ctx)s - %(message)s"
     return {
