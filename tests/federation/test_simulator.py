@@ -107,11 +107,12 @@ def test_a_job_that_needs_another_version_is_refused_before_the_first_round(hosp
         assert f"the job needs fedimaging >=99, and this is {__version__}" in done.stdout + done.stderr
         assert not (workspace / "server/simulate_job/rounds.jsonl").exists()
         return
-    start, *refusals = records(workspace)
+    start, *refusals, failed = records(workspace)
     assert start["event"] == "start"
     assert {(record["event"], record["round"], record["reason"]) for record in refusals} == {
         ("refused", 0, "wrong_version")
     }
+    assert (failed["event"], failed["round"]) == ("failed", 0)
 
 
 def test_scalars_go_to_tensorboard(plain_run):
@@ -169,8 +170,9 @@ def test_a_job_that_asks_for_an_environment_variable_is_refused_by_the_sites(hos
         env={**os.environ, "OMP_NUM_THREADS": "1", "FEDIMAGING_TEST_SECRET": "ghpA1b2C3d4"},
         capture_output=True, timeout=200, check=False,
     )  # fmt: skip
-    _, *refusals = records(workspace)
+    _, *refusals, failed = records(workspace)
     assert {record["reason"] for record in refusals} == {"bad_setting"}
+    assert (failed["event"], failed["round"]) == ("failed", 0)
     for path in (workspace / "server").rglob("*"):
         assert not path.is_file() or b"ghpA1b2C3d4" not in path.read_bytes()
 
@@ -198,9 +200,11 @@ def test_a_refusal_ends_a_job_that_needs_every_site(without_one, tmp_path):
     assert "the job ended after 0 of 1 rounds" in done.stderr
     assert "the full log is" in done.stderr
     assert "Traceback" not in done.stderr
-    start, *refusals = records(workspace)
+    start, *refusals, failed = records(workspace)
     assert start["event"] == "start"
     assert refusals == [{"event": "refused", "round": 0, "site": "hospital-c", "reason": "unreadable_images"}]
+    assert (failed["event"], failed["round"]) == ("failed", 0)
+    assert "2 of the 3 sites needed" in failed["reason"]
     assert "report.html" in done.stderr
 
 
