@@ -99,6 +99,7 @@ SECRETS = [
     "KeyError: 'Doe, John'",
     "ValueError: could not convert \"Doe\" to float: 'John\\'s'",
     "Traceback (most recent call last):\nKeyError: 'Doe'",
+    "KeyError: 'Doe-John'",
 ]
 
 
@@ -121,6 +122,7 @@ def test_identifiers_are_blanked(text):
         "case 3 of 120: stopped at the gate: shape (64, 3, 7, 7) for 'features.conv0.weight'",
         "    ~~~~~~~^^^^^^^^^",
         "UnsafeComponentError: 'subprocess.Popen' at config.executors[0] is not on the list",
+        "CommError: authenticated as 'hospital-b' but claimed endpoint 'hospital-a'",
         "ConnectionError: no answer from fl.example.org:443 within 10.0 s",
         "nvflare.private.fed.app.client.client_train - INFO - identity=hospital-a, run=1, peer=server, task_id=ab12",
     ],

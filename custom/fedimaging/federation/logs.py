@@ -24,8 +24,8 @@ _CASE = re.compile(r"(?i)\b((?:case|subject|study|series|exam|accession|mrn)(?:\
 _NUMBERED = re.compile(r"(?<![\w.-])(?=[\w-]*[A-Za-z])[A-Za-z]{0,8}[_-]?\d{5,}(?:[_-]\w+)*(?![\w-])")
 _UUID_OR_HASH = re.compile(r"(?i)[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{12,}")
 _RAISED = re.compile(r"(\b\w*(?:Error|Exception|Warning|Interrupt|Exit): )(.*)")
-_DOTTED = re.compile(r"[a-z_]\w*(?:\.[A-Za-z_]\w*)+")
-"""a class that a job may not name, a layer that a model lacks"""
+_KNOWN = re.compile(r"[a-z_]\w*(?:\.[A-Za-z_]\w*)+|[a-z]+(?:-[a-z]+)*(?:-[a-z0-9]{1,3})")
+"""a class that a job may not name, a layer that a model lacks; a participant such as hospital-a"""
 _QUOTED = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\"""")
 
 
@@ -34,8 +34,8 @@ def redact(text: str) -> str:
 
     These are names and paths of images, other folders, DICOM UIDs and DICOM names (``DOE^JOHN``), letters with a number
     of five digits or more, numbers and values that follow words such as "patient" and "case", and what an exception
-    quotes if it is no dotted name as of a class. A name in running text is not known as one, so
-    no line of ours may hold one.
+    quotes if it is neither a dotted name as of a class nor a participant's as hospital-a. A name in running text is not
+    known as one, so no line of ours may hold one.
 
     A DICOM file often has no suffix: of paths only those to files that are certainly no images stay.
     """
@@ -48,7 +48,7 @@ def redact(text: str) -> str:
 
 
 def _quoted(found: re.Match[str]) -> str:
-    return found[0] if _DOTTED.fullmatch(found[0][1:-1]) else "<text>"
+    return found[0] if _KNOWN.fullmatch(found[0][1:-1]) else "<text>"
 
 
 def _path(found: re.Match[str]) -> str:
