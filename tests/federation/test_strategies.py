@@ -30,6 +30,16 @@ def hospitals(tmp_path_factory):
     return root
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Sums over more threads differ in their last bits, and Adam's first steps make whole steps of that."""
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def run(strategy, hospitals, folder):
     """(workspace, the last global weights, the last round in one process, the sites there)"""
     job = JobFolder(REPOSITORY / "jobs" / f"chest_xray_{strategy}")
