@@ -119,7 +119,9 @@ class Poc:
     def environment(self) -> dict[str, str]:
         """Of nvflare's commands, and so of the server and the sites that they start."""
         environment = {name: value for name, value in os.environ.items() if name != DATA_ROOT_VARIABLE}
-        environment |= {"HOME": str(self.home), "NVFLARE_POC_WORKSPACE": str(self.workspace)}
+        # FLARE's scripts call python3, which is another one where the virtual environment is not activated.
+        path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+        environment |= {"HOME": str(self.home), "NVFLARE_POC_WORKSPACE": str(self.workspace), "PATH": path}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, len(self.sites)))))
         return environment
 
