@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedimaging.errors import FedImagingError, Reason
 from fedimaging.federation.policy import ALLOWED_CLASSES
+from fedimaging.federation.protocol import CLIENT_CONFIG, SERVER_CONFIG
 from fedimaging.settings import holds_placeholder, parse
 from fedimaging.training.settings import JobSettings
 from fedimaging.training.strategies import DEFAULT_STRATEGY
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from fedimaging.federation.workflow import WorkflowSettings
 
 META_FILE = "meta.json"
-SERVER_FILE, CLIENT_FILE = "app/config/config_fed_server.json", "app/config/config_fed_client.json"
+SERVER_FILE, CLIENT_FILE = f"app/config/{SERVER_CONFIG}", f"app/config/{CLIENT_CONFIG}"
 _EXECUTOR = "fedimaging.federation.executor.TrainerExecutor"
 _PERSISTOR = "fedimaging.federation.persistor.NetworkPersistor"
 _WORKFLOW = "fedimaging.federation.workflow.FederatedAveraging"

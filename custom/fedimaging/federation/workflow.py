@@ -38,6 +38,7 @@ from fedimaging.federation.protocol import (
     REPORT,
     ROUNDS_FILE,
     SELECTION,
+    SERVER_CONFIG,
     STRATEGY_STATE,
     VALIDATE_LAST,
     to_parameters,
@@ -157,7 +158,7 @@ class FederatedAveraging(FlareFedAvg):
         if not isinstance(persistor, NetworkPersistor):
             self.panic(f"the job's component {PERSISTOR_ID!r} must be a NetworkPersistor")
             return
-        if holds_placeholder(deployed_config(self.fl_ctx, "config_fed_server.json")):
+        if holds_placeholder(deployed_config(self.fl_ctx, SERVER_CONFIG)):
             self.panic("the job's configuration asks for environment variables of the server")
             return
         self._run_dir = Path(self.engine.get_workspace().get_run_dir(self.fl_ctx.get_job_id()))

@@ -159,10 +159,3 @@ def auroc_with_interval(
         return None, None
     values = resampled_auroc(scores, positive, resample_weights(groups, seed))
     return round(auroc(scores, positive), 4), interval(values)
-
-
-def mean_defined(values: Sequence[float | None]) -> float | None:
-    """The mean, or None where any is undefined."""
-    return (
-        None if not values or any(v is None for v in values) else float(np.mean([v for v in values if v is not None]))
-    )
