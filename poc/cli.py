@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedimaging.cli import main as fedimaging
+from fedimaging.commands import add_command, print_error
 from fedimaging.errors import FedImagingError
 from fedimaging.simulator import Outcome, Tail, show_event
 from poc.federation import DEFAULT_FOLDER, DEFAULT_PORT, Poc, console, free_port, port_is_free
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments, Poc(arguments.folder)) or 0)
     except FedImagingError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; the federation still runs, end it with `python -m poc down`")
@@ -60,13 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(commands: Any, name: str, says: str, example: str, run: Any) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=says,
-        description=says[0].upper() + says[1:] + ".",
-        epilog=f"example:\n  python -m poc {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    command = add_command(commands, name, says, f"python -m poc {example}")
     command.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help=f"default: {DEFAULT_FOLDER}")
     command.set_defaults(run=run)
     return command
@@ -143,7 +138,7 @@ def _submit(arguments: argparse.Namespace, poc: Poc) -> int:
         job.write(folder)
     problems = check(folder)
     for problem in problems:
-        console.print(f"[red]error:[/red] {escape(problem)}", highlight=False, soft_wrap=True)
+        print_error(problem)
     if problems:
         return 2
     print(poc.submit(folder))

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedimaging import __version__
+from fedimaging.commands import add_command, print_error
 from fedimaging.errors import FedImagingError
 from fedimaging.federation.revocation import REVOCATION_LIST
 from fedimaging.version import package_hash
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments) or 0)
     except (FedImagingError, KitError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped", highlight=False)
@@ -106,13 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(commands: Any, name: str, says: str, example: str, run: Any) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=says,
-        description=says[0].upper() + says[1:] + ".",
-        epilog=f"example:\n  python -m provisioning {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    command = add_command(commands, name, says, f"python -m provisioning {example}")
     command.add_argument(
         "--project", type=Path, default=PROJECT_FILE, help="the federation's file (default: provisioning/project.yml)"
     )

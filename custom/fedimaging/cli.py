@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from fedimaging import __version__
+from fedimaging.commands import print_error
 from fedimaging.errors import FedImagingError
 
 
@@ -18,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments) or 0)
     except FedImagingError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped", highlight=False)
@@ -26,11 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-
-
-def _plain(text: str) -> str:
-    """A message as text: rich must not take its brackets for markup."""
-    return text.replace("[", r"\[")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,10 +19,10 @@ from typing import Any
 import psutil
 import yaml
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedimaging.commands import print_error
 from fedimaging.datasets.manifest import SPLITS
 from fedimaging.datasets.site import DATA_ROOT_VARIABLE, MANIFEST_FILE, SITE_FILE, Dataset, resolve
 from fedimaging.errors import FedImagingError, Reason
@@ -403,7 +403,7 @@ def _run_simulate(arguments: argparse.Namespace) -> int:
         command="python -m fedimaging " + shlex.join(sys.argv[1:]),
     )
     for error in outcome.errors:
-        console.print(f"[red]error:[/red] {escape(error)}", highlight=False, soft_wrap=True)
+        print_error(error)
     if outcome.key_metric:
         html, _ = write_report(workspace)
         console.print(f"report: {html}", highlight=False, soft_wrap=True)

@@ -4,53 +4,42 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-
+from fedimaging.commands import add_command, print_error
 from fedimaging.errors import FedImagingError
-
-console = Console(stderr=True)
 
 
 def add_commands(subparsers: Any) -> None:
     """Registers `job check`, `job resume`, `job settings` and `bundle`."""
+    program = "python -m fedimaging"
     job = subparsers.add_parser("job", help="check a job, continue one, list what a job may set").add_subparsers(
         metavar="COMMAND", required=True
     )
-    command = _add(job, "check", "say what is wrong with job folders", "job check jobs/chest_xray_fedavg", _check)
+    command = add_command(
+        job, "check", "say what is wrong with job folders", f"{program} job check jobs/chest_xray_fedavg"
+    )
+    command.set_defaults(run=_check)
     command.add_argument("jobs", nargs="+", type=Path, metavar="JOB", help="job folders")
-    command = _add(
+    command = add_command(
         job,
         "resume",
         "write a job that continues an interrupted one from its last global model",
-        "job resume jobs/chest_xray_fedavg --of 0d9f1a52-... --out runs/resumed",
-        _resume,
+        f"{program} job resume jobs/chest_xray_fedavg --of 0d9f1a52-... --out runs/resumed",
     )
+    command.set_defaults(run=_resume)
     command.add_argument("job", type=Path, metavar="JOB", help="the folder of the job that was interrupted")
     command.add_argument("--of", required=True, metavar="JOB_ID", help="its id; `nvflare job list` shows it")
     command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where to write; a new folder")
-    _add(job, "settings", "list everything that a job may set, as Markdown", "job settings", _settings)
-    command = _add(
+    command = add_command(job, "settings", "list everything that a job may set, as Markdown", f"{program} job settings")
+    command.set_defaults(run=_settings)
+    command = add_command(
         subparsers,
         "bundle",
         "copy a job with this package inside, for federations that take code with a job (BYOC)",
-        "bundle jobs/chest_xray_fedavg --out runs/bundle/chest_xray_fedavg",
-        _bundle,
+        f"{program} bundle jobs/chest_xray_fedavg --out runs/bundle/chest_xray_fedavg",
     )
+    command.set_defaults(run=_bundle)
     command.add_argument("job", type=Path, metavar="JOB", help="job folder")
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write; a new folder")
-
-
-def _add(subparsers: Any, name: str, says: str, example: str, run: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        name,
-        help=says,
-        description=says[0].upper() + says[1:] + ".",
-        epilog=f"example:\n  python -m fedimaging {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -61,7 +50,7 @@ def _check(arguments: argparse.Namespace) -> int:
         found = check(folder)
         problems += found
         for problem in found:
-            console.print(f"[red]error:[/red] {escape(problem)}", highlight=False, soft_wrap=True)
+            print_error(problem)
         if not found:
             print(f"{folder}: good")
     return 2 if problems else 0

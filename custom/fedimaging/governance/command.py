@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from fedimaging.commands import add_command
 from fedimaging.errors import FedImagingError
 from fedimaging.governance.asked import find_job, in_words
 from fedimaging.governance.grants import (
@@ -84,13 +85,7 @@ def add_commands(subparsers: Any) -> None:
 def _add(
     actions: Any, name: str, run: Callable[[argparse.Namespace, Path], int], text: str, example: str
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = actions.add_parser(
-        name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog="example:\n  " + example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(actions, name, text, example)
     parser.add_argument(
         "--site",
         type=Path,
