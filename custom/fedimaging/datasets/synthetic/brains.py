@@ -5,7 +5,6 @@ Hospitals differ in field strength, sequence, coil, noise, resolution, obliquity
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,8 +14,7 @@ import numpy as np
 from nibabel.orientations import axcodes2ornt, ornt_transform
 from numpy.typing import NDArray
 
-from fedimaging import __version__
-from fedimaging.datasets.manifest import SPLITS, Case, Manifest, assign_splits
+from fedimaging.datasets.manifest import Case, Manifest
 from fedimaging.datasets.synthetic.brain_phantom import (
     EXTENT,
     MOST_LESIONS,
@@ -32,6 +30,7 @@ from fedimaging.datasets.synthetic.hospitals import (
     Plan,
     Request,
     age_group,
+    make_manifest,
     patient_id,
     studies_per_patient,
 )
@@ -234,39 +233,27 @@ def _studies(
 
 
 def _manifest(items: Sequence[BrainStudy], hospital: BrainHospital, request: Request) -> Manifest:
-    strata = {patient_id(item.site, item.patient): "lesion" if item.lesions else "" for item in items}
-    split_of = assign_splits(strata, seed=request.seed, strata=strata)
-    cases: dict[str, list[Case]] = {split: [] for split in SPLITS}
-    for item in items:
-        patient = patient_id(item.site, item.patient)
-        case = Case(
+    cases = [
+        Case(
             image=item.image,
             label=item.mask,
-            patient=patient,
+            patient=patient_id(item.site, item.patient),
             age_group=age_group(item.age),
             sex=item.sex,
             vendor=hospital.vendor,
         )
-        cases[split_of[patient]].append(case)
+        for item in items
+    ]
     with_lesions = sum(bool(item.lesions) for item in items)
-    return Manifest(
-        name=request.dataset,
+    return make_manifest(
+        hospital,
+        request,
+        cases,
+        {patient_id(item.site, item.patient): "lesion" if item.lesions else "" for item in items},
+        phantom=PHANTOM,
+        matrix=hospital.matrix(request.longer),
+        made={"cases_with": {"lesion": with_lesions}, "empty_masks": len(items) - with_lesions},
         modality="MR",
         task="segmentation",
         classes=CLASSES,
-        made={
-            "by": f"fedimaging {__version__}",
-            "source": "synthetic",
-            "synthetic": True,
-            "seed": request.seed,
-            "phantom": PHANTOM,
-            "hospital": hospital.name,
-            "matrix": list(hospital.matrix(request.longer)),
-            "cases_with": {"lesion": with_lesions},
-            "empty_masks": len(items) - with_lesions,
-            "settings": hashlib.sha256(repr((hospital, request)).encode()).hexdigest()[:16],
-        },
-        training=cases["training"],
-        validation=cases["validation"],
-        test=cases["test"],
     )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
-from fedimaging.datasets.manifest import Manifest
+from fedimaging import __version__
+from fedimaging.datasets.manifest import SPLITS, Case, Manifest, assign_splits
 from fedimaging.datasets.synthetic.phantom import Imaging
 from fedimaging.errors import FedImagingError
 
@@ -154,6 +156,50 @@ def studies_per_patient(cases: int, rng: np.random.Generator) -> list[int]:
     while (left := cases - sum(counts)) > 0:
         counts.append(min(left, int(rng.choice((1, 2, 3), p=(0.78, 0.16, 0.06)))))
     return counts
+
+
+def make_manifest(
+    hospital: Named,
+    request: Request,
+    cases: Iterable[Case],
+    strata: Mapping[str, str],
+    *,
+    phantom: int,
+    matrix: Sequence[int],
+    made: Mapping[str, Any] | None = None,
+    **header: Any,
+) -> Manifest:
+    """A hospital's cases, split by patient.
+
+    Args:
+        strata: each patient's; they are spread over the splits alike.
+        phantom: version of the pictures.
+        matrix: of a picture, in pixels or voxels.
+        made: what else is said of how it was made.
+        header: of the manifest: modality, task and classes.
+    """
+    split_of = assign_splits(strata, seed=request.seed, strata=strata)
+    splits: dict[str, list[Case]] = {split: [] for split in SPLITS}
+    for case in cases:
+        splits[split_of[case.patient]].append(case)
+    return Manifest(
+        name=request.dataset,
+        made={
+            "by": f"fedimaging {__version__}",
+            "source": "synthetic",
+            "synthetic": True,
+            "seed": request.seed,
+            "phantom": phantom,
+            "hospital": hospital.name,
+            "matrix": list(matrix),
+            **(made or {}),
+            "settings": hashlib.sha256(repr((hospital, request)).encode()).hexdigest()[:16],
+        },
+        training=splits["training"],
+        validation=splits["validation"],
+        test=splits["test"],
+        **header,
+    )
 
 
 class Named(Protocol):

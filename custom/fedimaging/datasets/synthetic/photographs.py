@@ -6,7 +6,6 @@ Cameras differ from hospital to hospital in tint, sharpness, noise and compressi
 from __future__ import annotations
 
 import colorsys
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from fedimaging import __version__
-from fedimaging.datasets.manifest import SPLITS, Case, Manifest, assign_splits
-from fedimaging.datasets.synthetic.hospitals import MOST_SITES, Plan, Request, patient_id, studies_per_patient
+from fedimaging.datasets.manifest import Case, Manifest
+from fedimaging.datasets.synthetic.hospitals import (
+    MOST_SITES,
+    Plan,
+    Request,
+    make_manifest,
+    patient_id,
+    studies_per_patient,
+)
 from fedimaging.errors import FedImagingError
 
 PHANTOM = 1
@@ -243,27 +248,18 @@ def class_shares(classes: int, concentration: float | None, rng: np.random.Gener
 
 
 def _manifest(items: list[Photograph], camera: Camera, request: Request) -> Manifest:
-    strata = {patient_id(item.site, item.patient): item.figure for item in items}
-    split_of = assign_splits(strata, seed=request.seed, strata=strata)
-    cases: dict[str, list[Case]] = {split: [] for split in SPLITS}
-    for item in items:
-        patient = patient_id(item.site, item.patient)
-        cases[split_of[patient]].append(Case(image=item.path, label=item.figure, patient=patient, vendor=camera.vendor))
-    return Manifest(
-        name=request.dataset,
+    cases = [
+        Case(image=item.path, label=item.figure, patient=patient_id(item.site, item.patient), vendor=camera.vendor)
+        for item in items
+    ]
+    return make_manifest(
+        camera,
+        request,
+        cases,
+        {patient_id(item.site, item.patient): item.figure for item in items},
+        phantom=PHANTOM,
+        matrix=(request.longer, request.longer),
         modality="XC",
-        multi_label=False,
         task="classification",
         classes=list(FIGURES),
-        made={
-            "by": f"fedimaging {__version__}",
-            "source": "synthetic",
-            "synthetic": True,
-            "seed": request.seed,
-            "phantom": PHANTOM,
-            "hospital": camera.name,
-            "matrix": [request.longer, request.longer],
-            "settings": hashlib.sha256(repr((camera, request)).encode()).hexdigest()[:16],
-        },
-        **cases,
     )

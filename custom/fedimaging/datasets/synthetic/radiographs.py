@@ -5,7 +5,6 @@ A case's finding shows in the lungs only: no tag, matrix size or grey-level stat
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
@@ -23,8 +22,16 @@ from pydicom.uid import (
 )
 
 from fedimaging import __version__
-from fedimaging.datasets.manifest import SPLITS, Case, Manifest, assign_splits
-from fedimaging.datasets.synthetic.hospitals import Hospital, Plan, Request, age_group, patient_id, studies_per_patient
+from fedimaging.datasets.manifest import Case, Manifest
+from fedimaging.datasets.synthetic.hospitals import (
+    Hospital,
+    Plan,
+    Request,
+    age_group,
+    make_manifest,
+    patient_id,
+    studies_per_patient,
+)
 from fedimaging.datasets.synthetic.phantom import FINDINGS, Subject, radiograph
 
 PHANTOM = 1
@@ -152,39 +159,30 @@ def _studies(
 
 
 def _chest_manifest(items: Sequence[Radiograph], hospital: Hospital, request: Request) -> Manifest:
-    findings = list(FINDINGS)
-    strata = {item.patient_id: "+".join(sorted(item.findings)) for item in reversed(items)}
-    split_of = assign_splits(strata, seed=request.seed, strata=strata)
-    cases: dict[str, list[Case]] = {split: [] for split in SPLITS}
-    for item in items:
-        names = tuple(sorted(item.findings))
-        case = Case(
+    names = [tuple(sorted(item.findings)) for item in items]
+    cases = [
+        Case(
             image=item.path,
-            label=names if request.multi_label else (names or ("normal",))[0],
+            label=found if request.multi_label else (found or ("normal",))[0],
             patient=item.patient_id,
             age_group=age_group(item.age),
             sex=item.sex,
             vendor=hospital.vendor,
             view=item.view,
         )
-        cases[split_of[item.patient_id]].append(case)
-    return Manifest(
-        name=request.dataset,
+        for item, found in zip(items, names, strict=True)
+    ]
+    return make_manifest(
+        hospital,
+        request,
+        cases,
+        {item.patient_id: "+".join(sorted(item.findings)) for item in reversed(items)},
+        phantom=PHANTOM,
+        matrix=hospital.matrix(request.longer),
         modality="DX",
         task="classification",
-        classes=findings if request.multi_label else ["normal", *findings],
+        classes=list(FINDINGS) if request.multi_label else ["normal", *FINDINGS],
         multi_label=request.multi_label,
-        made={
-            "by": f"fedimaging {__version__}",
-            "source": "synthetic",
-            "synthetic": True,
-            "seed": request.seed,
-            "phantom": PHANTOM,
-            "hospital": hospital.name,
-            "matrix": list(hospital.matrix(request.longer)),
-            "settings": hashlib.sha256(repr((hospital, request)).encode()).hexdigest()[:16],
-        },
-        **cases,
     )
 
 
