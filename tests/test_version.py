@@ -6,7 +6,7 @@ import pytest
 
 from fedimaging import __version__
 from fedimaging.errors import FedImagingError, Reason
-from fedimaging.federation.workflow import _package
+from fedimaging.federation.record import _package
 from fedimaging.training.settings import JobSettings
 from fedimaging.version import needed_by_jobs, package_hash, require
 

@@ -18,6 +18,7 @@ from fedimaging.errors import Reason
 from fedimaging.federation.earlier import EarlierRun
 from fedimaging.federation.persistor import NetworkPersistor
 from fedimaging.federation.protocol import COUNTED, REPORT
+from fedimaging.federation.record import RunRecord
 from fedimaging.federation.selection import ModelSelection
 from fedimaging.federation.workflow import FederatedAveraging
 from fedimaging.training.strategies import FedAvg, Server
@@ -26,7 +27,7 @@ from fedimaging.training.strategies import FedAvg, Server
 @pytest.fixture
 def workflow(tmp_path):
     workflow = FederatedAveraging(num_rounds=3, min_clients=1)
-    workflow.fl_ctx, workflow._run_dir = FLContext(), tmp_path
+    workflow.fl_ctx, workflow._record = FLContext(), RunRecord(tmp_path)
     return workflow
 
 

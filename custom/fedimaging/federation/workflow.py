@@ -2,9 +2,7 @@
 
 import copy
 import json
-import math
 import platform
-import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
@@ -36,7 +34,6 @@ from fedimaging.federation.protocol import (
     PERSISTOR_ID,
     REASON_HEADER,
     REPORT,
-    ROUNDS_FILE,
     SELECTION,
     SERVER_CONFIG,
     STRATEGY_STATE,
@@ -45,7 +42,8 @@ from fedimaging.federation.protocol import (
     to_state,
 )
 from fedimaging.federation.quorum import Quorum
-from fedimaging.federation.selection import ModelSelection, vote
+from fedimaging.federation.record import RunRecord, contribution, finite_numbers
+from fedimaging.federation.selection import ModelSelection
 from fedimaging.federation.session import peak_memory
 from fedimaging.settings import ANY_VERSION, Settings, Specifier, holds_placeholder, parse
 from fedimaging.training.strategies import DEFAULT_STRATEGY, FedAvg, Strategy
@@ -161,7 +159,7 @@ class FederatedAveraging(FlareFedAvg):
         if holds_placeholder(deployed_config(self.fl_ctx, SERVER_CONFIG)):
             self.panic("the job's configuration asks for environment variables of the server")
             return
-        self._run_dir = Path(self.engine.get_workspace().get_run_dir(self.fl_ctx.get_job_id()))
+        self._record = RunRecord(Path(self.engine.get_workspace().get_run_dir(self.fl_ctx.get_job_id())))
         self._selection = ModelSelection(persistor.settings()[0].key_metric)
         self._server = self._strategy.server(persistor.model)
         self._wanted = self._strategy.sent(persistor.model)
@@ -245,7 +243,7 @@ class FederatedAveraging(FlareFedAvg):
         """Records a reply that came after its round was closed; it is not averaged."""
         number = result.get_cookie(AppConstants.CONTRIBUTION_ROUND)
         late = number if isinstance(number, int) and not isinstance(number, bool) else None
-        self._record({"event": "late", "round": late, "site": client.name})
+        self._record.add("late", round=late, site=client.name)
         self.warning(f"site {client.name} answered after its round was closed; left out")
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -259,7 +257,7 @@ class FederatedAveraging(FlareFedAvg):
         if reason is not None or result.get_return_code() != ReturnCode.OK:
             code = reason if reason in set(Reason) else Reason.INTERNAL.value
             self._refused[site] = code
-            self._record({"event": "refused", "round": self.current_round, "site": site, "reason": code})
+            self._record.add("refused", round=self.current_round, site=site, reason=code)
             self.error(f"site {site} refused: {code}")
         super()._process_result(client_task, fl_ctx)
         self._answered.add(site)
@@ -280,7 +278,7 @@ class FederatedAveraging(FlareFedAvg):
         accepted = super()._aggregate_one_result(result) if self._wanted else True
         if accepted:
             self._bytes_in += received
-            self._sites[site] = _site_record(result, self._selection.key_metric)
+            self._sites[site] = contribution(result, self._selection.key_metric)
             self._peaks[site] = self._sites[site].pop("peak_memory") or 0
         return bool(accepted)
 
@@ -312,7 +310,7 @@ class FederatedAveraging(FlareFedAvg):
         """Takes over an interrupted job's rounds, its best and its last model."""
         workspace = self.engine.get_workspace()
         meta = self.fl_ctx.get_prop(FLContextKey.JOB_META) or {}
-        earlier = take_over(self.continues, workspace, meta, self._run_dir)
+        earlier = take_over(self.continues, workspace, meta, self._record.folder)
         task, network, _ = self.persistor.settings()
         if self._strategy.personal or self._strategy.local(self.persistor.model).memory:
             raise FedImagingError(
@@ -330,7 +328,7 @@ class FederatedAveraging(FlareFedAvg):
         self.start_round = min(earlier.next_round, self._total_rounds)
         self.num_rounds = self._total_rounds - self.start_round
         for record in earlier.rounds:
-            self._record(record)
+            self._record.add(**record)
         self._selection.best_index, self._selection.best_value = earlier.best
 
     def _meet_returned_sites(self) -> None:
@@ -345,7 +343,7 @@ class FederatedAveraging(FlareFedAvg):
         if lack is None:
             return
         self.cancel_all_tasks(TaskCompletionStatus.CANCELLED)
-        self._record({"event": "failed", "round": self.current_round, "reason": lack, **self._participants()})
+        self._record.add("failed", round=self.current_round, reason=lack, **self._participants())
         raise RuntimeError(f"round {self.current_round}: {lack}")
 
     def _participants(self) -> dict[str, Any]:
@@ -374,7 +372,7 @@ class FederatedAveraging(FlareFedAvg):
         metrics: dict[str, dict[str, Any]] = {}
 
         def keep(result: FLModel) -> None:
-            metrics[str(result.meta.get("client_name"))] = _finite_scalars(result.metrics)
+            metrics[str(result.meta.get("client_name"))] = finite_numbers(result.metrics)
 
         last = FLModel(params_type=model.params_type, params=model.params, meta={VALIDATE_LAST: True})
         last.current_round = self._total_rounds
@@ -388,54 +386,49 @@ class FederatedAveraging(FlareFedAvg):
         if best:
             self._label_best()
             self.event(AppEventType.GLOBAL_BEST_MODEL_AVAILABLE)
-        self._record(
-            {
-                "event": "final",
-                "metrics": metrics,
-                "refused": self._refused,
-                "key_metric": value,
-                "best": best,
-                "seconds": self._round_seconds(),
-            }
+        self._record.add(
+            "final",
+            metrics=metrics,
+            refused=self._refused,
+            key_metric=value,
+            best=best,
+            seconds=self._round_seconds(),
         )
 
     def _record_start(self) -> None:
         persistor = self.persistor
         task, network, seed = persistor.settings()
         meta = self.fl_ctx.get_prop(FLContextKey.JOB_META) or {}
-        self._record(
-            {
-                "event": "start",
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "job": meta.get(JobMetaKey.JOB_NAME),
-                "rounds": self._total_rounds,
-                "start_round": self.start_round,
-                "continues": self.continues,
-                "min_clients": self.min_clients,
-                "required_sites": sorted(self._quorum.required_sites),
-                "round_timeout": self.round_timeout,
-                "straggler_wait": self.straggler_wait,
-                "model_bytes": self._model_bytes,
-                "parameters": sum(p.numel() for p in persistor.model.parameters()),
-                "key_metric": task.key_metric,
-                "task": task.settings.model_dump(),
-                "network": network.model_dump(),
-                "seed": seed,
-                "strategy": self._strategy.model_dump(),
-                "start_from": persistor.start_from,
-                "versions": {
-                    "fedimaging": __version__,
-                    "fedimaging_sha256": package_hash(),
-                    **{name: version(name) for name in ("nvflare", "torch", "monai")},
-                    "python": platform.python_version(),
-                },
-            }
+        self._record.add(
+            "start",
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            job=meta.get(JobMetaKey.JOB_NAME),
+            rounds=self._total_rounds,
+            start_round=self.start_round,
+            continues=self.continues,
+            min_clients=self.min_clients,
+            required_sites=sorted(self._quorum.required_sites),
+            round_timeout=self.round_timeout,
+            straggler_wait=self.straggler_wait,
+            model_bytes=self._model_bytes,
+            parameters=sum(p.numel() for p in persistor.model.parameters()),
+            key_metric=task.key_metric,
+            task=task.settings.model_dump(),
+            network=network.model_dump(),
+            seed=seed,
+            strategy=self._strategy.model_dump(),
+            start_from=persistor.start_from,
+            versions={
+                "fedimaging": __version__,
+                "fedimaging_sha256": package_hash(),
+                **{name: version(name) for name in ("nvflare", "torch", "monai")},
+                "python": platform.python_version(),
+            },
         )
 
     def _record_round(self) -> None:
         value, best = self._judged
-        record: dict[str, Any] = {
-            "event": "round",
+        figures: dict[str, Any] = {
             "round": self.current_round,
             "seconds": self._round_seconds(),
             "bytes_out": self._sent_bytes * len(self._asked),
@@ -444,63 +437,20 @@ class FederatedAveraging(FlareFedAvg):
             "key_metric": value,
             "best": best,
         }
-        self._record(record)
-        self._write_scalars(record)
+        self._record.add("round", **figures)
+        self._record.add_scalars(self._selection.key_metric, figures)
 
     def _record_end(self) -> None:
-        self._record(
-            {
-                "event": "end",
-                "best_round": self._selection.best_index,
-                "best_key_metric": self._selection.best_value,
-                "seconds": round(time.monotonic() - self._started, 3),
-                "peak_memory": {"server": peak_memory(), "sites": self._peaks},
-            }
+        self._record.add(
+            "end",
+            best_round=self._selection.best_index,
+            best_key_metric=self._selection.best_value,
+            seconds=round(time.monotonic() - self._started, 3),
+            peak_memory={"server": peak_memory(), "sites": self._peaks},
         )
-
-    def _record(self, record: dict[str, Any]) -> None:
-        with (self._run_dir / ROUNDS_FILE).open("a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-
-    def _write_scalars(self, record: dict[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(str(self._run_dir / "tb_events")) as writer:
-            if record["key_metric"] is not None:
-                writer.add_scalar(f"global/{self._selection.key_metric}", record["key_metric"], record["round"])
-            for site, figures in record["sites"].items():
-                writer.add_scalar(f"{site}/train_loss", figures["loss"], record["round"])
-                for name, value in figures["metrics"].items():
-                    writer.add_scalar(f"{site}/val_{name}", value, record["round"])
 
     def _round_seconds(self) -> float:
         return round(time.monotonic() - self._round_started, 3)
-
-
-def _site_record(result: FLModel, key_metric: str) -> dict[str, Any]:
-    """A site's contribution as it is recorded; what is no finite number is left out."""
-    report = result.meta.get(REPORT) or {}
-    metrics = _finite_scalars(result.metrics)
-    figures = _finite_scalars(report)
-    ballot = vote(metrics, key_metric)
-    return {
-        "cases": int(figures.get("cases", 0)),
-        "seconds": figures.get("seconds"),
-        "loss": figures.get("loss", 0.0),
-        "epoch_losses": [float(v) for v in report.get("epoch_losses", []) if _is_finite(v)],
-        "metrics": metrics,
-        "votes": ballot[1] if ballot else 0,
-        "skipped": int(figures.get("skipped", 0)),
-        "peak_memory": int(figures.get("peak_memory", 0)),
-        "fedimaging": _package(report.get("fedimaging")),
-    }
-
-
-def _package(said: Any) -> dict[str, str] | None:
-    """The version and hash of the package that a site says it runs; None where it says nothing of that form."""
-    patterns = {"version": r"[0-9A-Za-z.+-]{1,64}", "sha256": r"[0-9a-f]{64}"}
-    known = isinstance(said, dict) and all(re.fullmatch(p, str(said.get(name))) for name, p in patterns.items())
-    return {name: str(said[name]) for name in patterns} if known else None
 
 
 def _replace_weights(model: FLModel, earlier: EarlierRun) -> None:
@@ -517,12 +467,3 @@ def _as_json(value: Any) -> Any:
 
 def _holds_floats(value: Any) -> bool:
     return isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _finite_scalars(values: Any) -> dict[str, Any]:
-    items = values.items() if isinstance(values, dict) else ()
-    return {str(name): value for name, value in items if _is_finite(value)}
