@@ -74,6 +74,8 @@ BRAIN_LESION: dict[str, Any] = {
     "training": {"epochs": 2, "batch_size": 2, "optimizer": "adamw", "learning_rate": 0.002, "schedule": "one_cycle"},
     "seed": 0,
 }
+# Whom leave-one-hospital-out leaves out, unless `simulate --set leave_out=...` says another.
+LEFT_OUT = "hospital-c"
 # What differs from the base in the job of each strategy. SCAFFOLD is defined for plain SGD.
 STRATEGIES: dict[str, dict[str, Any]] = {
     "fedprox": {"strategy": {"name": "fedprox", "mu": 0.01}},
@@ -97,11 +99,13 @@ def federated(
     rounds: int,
     min_clients: int,
     site_models: bool = False,
+    leave_out: str = "",
 ) -> FedJob:
     """A strategy over all sites (FedAvg where none is named), then the best and the last model on every test split.
 
     Args:
         site_models: evaluate each site's own model at every site too.
+        leave_out: a site that the models are evaluated at and not trained at.
     """
     strategy = settings["training"].get("strategy", DEFAULT_STRATEGY)
     job = FedJob(name=name, min_clients=min_clients)
@@ -112,6 +116,7 @@ def federated(
             min_clients=min_clients,
             fedimaging=needed_by_jobs(),
             strategy=strategy,
+            leave_out=leave_out,
         )
     )
     job.to_server(CrossSiteEvaluation(site_models=site_models))
@@ -142,6 +147,7 @@ def recipes() -> list[FedJob]:
             min_clients=2,
             site_models=True,
         ),
+        federated("chest_xray_leave_one_out", CHEST_XRAY, rounds=12, min_clients=2, leave_out=LEFT_OUT),
     ]
 
 

@@ -121,9 +121,13 @@ def simulate(
         raise FedImagingError(
             f"{data}: no site {absent[0]} with the dataset {settings.dataset}; here: {', '.join(found)}"
         )
-    if len(chosen) < job.min_clients:
+    if job.leave_out and job.leave_out not in chosen:
+        raise FedImagingError(f"leave_out: no site {job.leave_out} takes part; name one of {', '.join(chosen)}")
+    trained = [site for site in chosen if site != job.leave_out]
+    if len(trained) < job.min_clients:
         raise FedImagingError(
-            f"{data}: {len(chosen)} sites, and the job needs {job.min_clients}; add sites or --set min_clients=1"
+            f"{data}: {len(trained)} sites to train at, and the job needs {job.min_clients}; add sites or --set "
+            "min_clients=1"
         )
     if start_from is not None and not start_from.is_file():
         raise FedImagingError(f"{start_from}: no such model file; name an FL_global_model.pt of an earlier run")
@@ -140,7 +144,7 @@ def simulate(
         with _flare(simulator_command(copy, workspace, chosen), len(chosen), log, verbose) as process:
             _follow(process, workspace, job.rounds, outcome)
     outcome.seconds = round(time.monotonic() - started, 2)
-    _judge(outcome, workspace, job.rounds, job.min_clients)
+    _judge(outcome, workspace, job.rounds, job.min_clients, trained)
     record = {
         "job": job.name,
         "sites": chosen,
@@ -279,8 +283,9 @@ def show_event(event: dict[str, Any], outcome: Outcome) -> None:
     """Shows an event of the server: a line per round, a star on the best model so far."""
     if event["event"] == "start":
         outcome.key_metric = event["key_metric"]
+        names = [f"{site} (left out)" if site == event.get("leave_out") else site for site in outcome.sites]
         console.print(
-            f"{'round':>5}  {'validation ' + outcome.key_metric:>18}   training loss: {', '.join(outcome.sites)}",
+            f"{'round':>5}  {'validation ' + outcome.key_metric:>18}   training loss: {', '.join(names)}",
             highlight=False,
         )
     elif event["event"] == "round":
@@ -317,7 +322,7 @@ def _say(event: dict[str, Any]) -> str:
             return str(event["stage"])
 
 
-def _judge(outcome: Outcome, workspace: Path, rounds: int, min_clients: int) -> None:
+def _judge(outcome: Outcome, workspace: Path, rounds: int, min_clients: int, trained: list[str]) -> None:
     """Whether the run did what the job asks, from its files; FLARE's exit code says nothing reliable."""
     outcome.errors = list(dict.fromkeys(outcome.errors))
     if len(outcome.rounds) < rounds or outcome.end is None:
@@ -326,7 +331,7 @@ def _judge(outcome: Outcome, workspace: Path, rounds: int, min_clients: int) -> 
         outcome.errors.append(f"the job ended after {len(outcome.rounds)} of {rounds} rounds{why}")
         return
     for record in outcome.rounds:
-        if absent := sorted(set(outcome.sites) - set(record["sites"]) - set(record["refused"])):
+        if absent := sorted(set(trained) - set(record["sites"]) - set(record["refused"])):
             outcome.errors.append(f"round {record['round']}: nothing came from {', '.join(absent)}")
     results = workspace / "server" / SIMULATED_JOB_ID / "cross_site_val" / "cross_val_results.json"
     evaluated = json.loads(results.read_text()) if results.exists() else {}

@@ -93,6 +93,39 @@ BROKEN = {
         ],
         "names 3 already",
     ),
+    "one site to train at is absent": (
+        lambda f: [workflow(leave_out="c")(f), pinned(["a", "b", "c"])(f)],
+        "trains at 2 sites and needs 2",
+    ),
+    "site left out without the job": (
+        lambda f: [workflow(leave_out="z")(f), pinned(["a", "b", "c"])(f)],
+        "not deployed to z, which leave_out names",
+    ),
+    "site left out and never asked": (
+        lambda f: [workflow(leave_out="c")(f), edit(SERVER, lambda c: c["workflows"].pop())(f)],
+        "no CrossSiteEvaluation follows",
+    ),
+    "site left out and asked for its model": (
+        lambda f: [
+            workflow(leave_out="c")(f),
+            edit(SERVER, lambda c: c["workflows"][1]["args"].update(site_models=True))(f),
+        ],
+        "site_models asks each site for its model",
+    ),
+    "site left out and required": (
+        lambda f: [
+            workflow(leave_out="a", required_sites=["a"])(f),
+            edit(META, lambda c: c.update(mandatory_clients=["a"]))(f),
+        ],
+        "required_sites names a, which leave_out keeps from training",
+    ),
+    "site left out where models are personal": (
+        lambda f: [
+            workflow(leave_out="a", strategy={"name": "fedbn"})(f),
+            trainer(lambda a: a["training"].update(strategy={"name": "fedbn"}))(f),
+        ],
+        "with fedbn each site is judged by what it trained itself",
+    ),
     "round too short for the model": (workflow(round_timeout=20, straggler_wait=10), "Mbit/s; give at least"),
     "evaluation too short for the model": (
         edit(SERVER, lambda c: c["workflows"][1]["args"].update(timeout=5)),

@@ -28,7 +28,7 @@ GOOD: dict[str, dict[str, object]] = {
     "fedimaging.federation.workflow.FederatedAveraging": {
         "num_rounds": 1, "min_clients": 1, "required_sites": [], "round_timeout": 60, "straggler_wait": 60,
         "continues": "", "fedimaging": "~=0.1.0",
-        "strategy": {"name": "fedprox"},
+        "strategy": {"name": "fedprox"}, "leave_out": "hospital-a",
     },
     "fedimaging.federation.persistor.NetworkPersistor": {"task": TASK, "network": NETWORK, "seed": 0},
     "fedimaging.federation.executor.TrainerExecutor": {

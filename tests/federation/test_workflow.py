@@ -14,7 +14,7 @@ from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.aggregators.weighted_aggregation_helper import WeightedAggregationHelper
 from nvflare.app_opt.pt.model_persistence_format_manager import PTModelPersistenceFormatManager
 
-from fedimaging.errors import Reason
+from fedimaging.errors import FedImagingError, Reason
 from fedimaging.federation.earlier import EarlierRun
 from fedimaging.federation.persistor import NetworkPersistor
 from fedimaging.federation.protocol import COUNTED, REPORT
@@ -165,3 +165,77 @@ def test_a_site_that_is_not_asked_this_round_still_counts_among_all(workflow, mo
     model, mean = (FLModel(params={"w": np.full(2, value, np.float32)}) for value in (0.0, 1.0))
     assert workflow.update_model(model, mean).params["w"].tolist() == [1, 1]
     assert workflow._server.share == pytest.approx(2 / 3)
+
+
+@pytest.fixture
+def without_c(tmp_path, monkeypatch):
+    """A workflow over the sites a, b and c that leaves out c; what it sends is kept instead of sent."""
+    workflow = FederatedAveraging(num_rounds=3, min_clients=2, leave_out="c")
+    workflow.fl_ctx, workflow._record = FLContext(), RunRecord(tmp_path)
+    sites = [SimpleNamespace(name=name) for name in "abc"]
+    workflow.engine = SimpleNamespace(get_clients=lambda: sites, sync_clients_from_main_process=lambda: None)
+    workflow.sent = []
+    monkeypatch.setattr(workflow, "broadcast_model", lambda **sent: workflow.sent.append(sent))
+    monkeypatch.setattr(workflow, "get_client_disconnect_time", lambda name: None)
+    monkeypatch.setattr(workflow, "cancel_all_tasks", lambda status: None)
+    return workflow
+
+
+def test_the_site_left_out_is_asked_for_neither_training_nor_validation_and_is_not_missing(without_c):
+    for task in ("train", "validate"):
+        without_c.send_model(task)
+        assert without_c.sent[-1]["targets"] == ["a", "b"]
+        assert without_c.sent[-1]["min_responses"] == 2
+    assert without_c._members == {"a", "b"}, "of all members, two of two contribute"
+    without_c._sites = {"a": {}}
+    assert without_c._participants()["missing"] == ["b"]
+
+
+def test_a_round_is_given_up_when_the_site_left_out_alone_could_save_it(without_c, tmp_path):
+    without_c.send_model("train")
+    without_c._sites = {"a": {}}
+    without_c._give_up_without_quorum(outstanding=["b"])
+    with pytest.raises(RuntimeError, match="only 1 of the 2 sites needed contributed"):
+        without_c._give_up_without_quorum(outstanding=[])
+    assert json.loads((tmp_path / "rounds.jsonl").read_text())["missing"] == ["b"]
+
+
+@pytest.mark.parametrize(("gone", "asked"), [(None, ["a", "b", "c"]), (1.0, ["a", "b"])])
+def test_the_site_left_out_is_asked_for_the_evaluation_if_it_is_there(without_c, monkeypatch, gone, asked):
+    without_c._answered = {"a", "b"}
+    monkeypatch.setattr(without_c, "get_client_disconnect_time", lambda name: gone)
+    assert without_c._to_evaluate_at() == asked
+
+
+def test_only_those_who_answered_are_asked_for_the_evaluation_where_nobody_is_left_out(workflow):
+    workflow._answered = {"b"}
+    assert workflow._to_evaluate_at() == ["b"]
+
+
+def test_a_job_ends_at_once_if_the_site_to_leave_out_is_not_there(without_c, persistor, monkeypatch, tmp_path):
+    without_c.leave_out, without_c.persistor = "hospital-z", persistor
+    persistor.model = torch.nn.Linear(2, 2)
+    start = FLModel(params={"w": np.zeros(2, np.float32)})
+    monkeypatch.setattr("nvflare.app_common.workflows.fedavg.FedAvg.load_model", lambda self: start)
+    with pytest.raises(RuntimeError, match="no site hospital-z takes part"):
+        without_c.load_model()
+    begun, failed = map(json.loads, (tmp_path / "rounds.jsonl").read_text().splitlines())
+    assert (begun["event"], begun["leave_out"]) == ("start", "hospital-z")
+    assert (failed["event"], failed["round"]) == ("failed", 0)
+    assert failed["reason"] == "leave_out: no site hospital-z takes part in this job"
+
+
+@pytest.mark.parametrize("left_out", [{}, {"leave_out": "b"}], ids=["nobody", "another"])
+def test_a_job_that_left_out_another_is_not_continued(without_c, persistor, monkeypatch, left_out):
+    task, network, _ = persistor.settings()
+    same = {"task": task.settings, "network": network, "strategy": FedAvg()}
+    dumped = {name: json.loads(settings.model_dump_json()) for name, settings in same.items()}
+    earlier = EarlierRun("5f0c", [], dumped | left_out, next_round=2)
+    monkeypatch.setattr("fedimaging.federation.workflow.take_over", lambda *_: earlier)
+    without_c.persistor, without_c.continues, without_c._server = persistor, "5f0c", Server()
+    without_c.engine.get_workspace = lambda: None
+    with pytest.raises(FedImagingError, match="job 5f0c had another leave_out"):
+        without_c._continue_earlier()
+    earlier.start["leave_out"] = "c"
+    without_c._continue_earlier()
+    assert without_c.start_round == 2

@@ -104,13 +104,18 @@ def _quorum(job: JobFolder) -> Iterator[str]:
         yield f"{job.path / SERVER_FILE}: min_clients is {needed}, and required_sites names {len(required)} already"
     sites = {name for app in job.meta.get("deploy_map", {}).values() for name in extract_participants(app)}
     sites.discard(SERVER_SITE_NAME)
+    if job.leave_out and job.evaluation is None:
+        yield f"{job.path / SERVER_FILE}: leave_out names {job.leave_out}, and no CrossSiteEvaluation follows to ask it"
     if ALL_SITES not in sites:
         if absent := sorted(set(required) - sites):
             yield f"{where}: the job is not deployed to {absent[0]}, which must take part"
-        if len(sites) <= needed:
+        if job.leave_out and job.leave_out not in sites:
+            yield f"{where}: the job is not deployed to {job.leave_out}, which leave_out names"
+        trained = sites - {job.leave_out}
+        if len(trained) <= needed:
             yield (
-                f"{where}: the job goes to {len(sites)} sites and needs {needed} in every round: one absence ends it; "
-                "lower min_clients"
+                f"{where}: the job trains at {len(trained)} sites and needs {needed} in every round: one absence ends "
+                "it; lower min_clients"
             )
 
 

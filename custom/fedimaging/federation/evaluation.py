@@ -9,7 +9,7 @@ from nvflare.app_common.workflows.cross_site_model_eval import CrossSiteModelEva
 from nvflare.app_opt.pt.file_model_locator import PTFileModelLocator
 from pydantic import Field
 
-from fedimaging.federation.protocol import ANSWERED, PERSISTOR_ID
+from fedimaging.federation.protocol import EVALUATE_AT, PERSISTOR_ID
 from fedimaging.settings import Settings, parse
 
 MODEL_NAMES = {
@@ -55,8 +55,7 @@ class CrossSiteEvaluation(CrossSiteModelEval):
         self._writer = ValidationJsonGenerator()
 
     def start_controller(self, fl_ctx: FLContext) -> None:
-        # Sites that did not answer the last question of the training would be waited for in vain.
-        self._participating_clients = fl_ctx.get_prop(ANSWERED)
+        self._participating_clients = fl_ctx.get_prop(EVALUATE_AT)
         super().start_controller(fl_ctx)
         self._model_locator = GlobalModels(PERSISTOR_ID)
         self._model_locator._initialize(fl_ctx)

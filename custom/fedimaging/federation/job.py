@@ -26,7 +26,10 @@ _WORKFLOW = "fedimaging.federation.workflow.FederatedAveraging"
 _SHARED = ("task", "network", "seed")
 _WORKFLOW_NAMES = {
     "rounds": "num_rounds",
-    **{name: name for name in ("min_clients", "required_sites", "round_timeout", "straggler_wait", "continues")},
+    **{
+        name: name
+        for name in ("min_clients", "required_sites", "round_timeout", "straggler_wait", "continues", "leave_out")
+    },
 }
 _META_NAMES = {"min_clients": "min_clients", "required_sites": "mandatory_clients"}
 """what of the workflow FLARE itself wants to know, and how meta.json calls it"""
@@ -71,6 +74,11 @@ class JobFolder:
         return int(self._workflow["min_clients"])
 
     @property
+    def leave_out(self) -> str:
+        """The site that does not train; empty for none."""
+        return self.workflow.leave_out
+
+    @property
     def workflow(self) -> "WorkflowSettings":
         """The validated settings of the server's workflow. Raises FedImagingError."""
         from fedimaging.federation.workflow import WorkflowSettings
@@ -87,7 +95,13 @@ class JobFolder:
 
     def settings(self) -> JobSettings:
         """The validated settings of the sites' trainer and the server's workflow; both must build one network."""
-        workflow, _ = self.workflow, self.evaluation
+        workflow, evaluation = self.workflow, self.evaluation
+        if workflow.leave_out and evaluation is not None and evaluation.site_models:
+            raise _bad(
+                self.path / SERVER_FILE,
+                f"site_models asks each site for its model, and {workflow.leave_out}, which leave_out names, has none; "
+                "drop one of the two",
+            )
         unequal = [name for name in _SHARED if self._executor.get(name) != self._persistor.get(name)]
         if unequal:
             raise _bad(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn, Self
 
 import numpy as np
 from nvflare.apis.client import Client
@@ -21,7 +21,7 @@ from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.workflows.fedavg import FedAvg as FlareFedAvg
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from fedimaging import __version__
 from fedimaging.errors import FedImagingError, Reason
@@ -29,8 +29,8 @@ from fedimaging.federation.earlier import EarlierRun, take_over
 from fedimaging.federation.executor import deployed_config
 from fedimaging.federation.persistor import NetworkPersistor
 from fedimaging.federation.protocol import (
-    ANSWERED,
     COUNTED,
+    EVALUATE_AT,
     PERSISTOR_ID,
     REASON_HEADER,
     REPORT,
@@ -77,6 +77,19 @@ class WorkflowSettings(Settings):
     """the version of this package that the job needs"""
     strategy: Strategy = FedAvg()
     """equal to the sites' training.strategy: its server half is what becomes of their results"""
+    leave_out: Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,63})?$")] = ""
+    """a site that does not train and has no say in which model is best; the models are evaluated there at the end"""
+
+    @model_validator(mode="after")
+    def _check_leave_out(self) -> Self:
+        if self.leave_out in self.required_sites:
+            raise ValueError(f"required_sites names {self.leave_out}, which leave_out keeps from training; drop one")
+        if self.leave_out and self.strategy.personal:
+            raise ValueError(
+                f"leave_out: with {self.strategy.name} each site is judged by what it trained itself, and the one left "
+                "out trains nothing; choose another strategy"
+            )
+        return self
 
 
 class FederatedAveraging(FlareFedAvg):
@@ -90,6 +103,9 @@ class FederatedAveraging(FlareFedAvg):
     among them; as soon as that cannot happen any more the job ends, and another can continue it. What comes after its
     round was closed is recorded and not averaged. A site that refuses is recorded by its reason code. Every round is a
     line of ``rounds.jsonl`` in the server's job folder, and scalars go to TensorBoard there.
+
+    The site ``leave_out`` gets no task of this workflow: neither its training nor its validation cases have a part in
+    the models. :class:`CrossSiteEvaluation` asks it like the others.
     """
 
     def __init__(  # noqa: PLR0917 (FLARE gives them by name)
@@ -102,6 +118,7 @@ class FederatedAveraging(FlareFedAvg):
         continues: str = "",
         fedimaging: str = ANY_VERSION,
         strategy: dict[str, Any] = DEFAULT_STRATEGY,
+        leave_out: str = "",
     ) -> None:
         settings = parse(
             WorkflowSettings,
@@ -114,6 +131,7 @@ class FederatedAveraging(FlareFedAvg):
                 "continues": continues,
                 "fedimaging": fedimaging,
                 "strategy": strategy,
+                "leave_out": leave_out,
             },
             "workflow",
         )
@@ -128,7 +146,7 @@ class FederatedAveraging(FlareFedAvg):
         )
         self.min_clients, self.required_sites = settings.min_clients, required_sites
         self.round_timeout, self.straggler_wait = settings.round_timeout, settings.straggler_wait
-        self.continues = settings.continues
+        self.continues, self.leave_out = settings.continues, settings.leave_out
         self._total_rounds = settings.num_rounds
         self._quorum = Quorum(settings.min_clients, frozenset(settings.required_sites))
         self._earlier: EarlierRun | None = None
@@ -179,12 +197,14 @@ class FederatedAveraging(FlareFedAvg):
                 self._last = model
             self._model_bytes = sum(value.nbytes for value in model.params.values())
             self._record_start()
+            if self.leave_out and self.leave_out not in self._names():
+                self._give_up(f"leave_out: no site {self.leave_out} takes part in this job")
         return model
 
     def sample_clients(self, num_clients: int | None = None) -> list[str]:
-        """The job's sites without those that FLARE deems dead; one that came back is asked again."""
+        """The job's sites that train, without those that FLARE deems dead; one that came back is asked again."""
         self._meet_returned_sites()
-        names: list[str] = super().sample_clients(num_clients)
+        names = [name for name in super().sample_clients(num_clients) if name != self.leave_out]
         self._members.update(names)
         return [name for name in names if not self.get_client_disconnect_time(name)]
 
@@ -320,8 +340,10 @@ class FederatedAveraging(FlareFedAvg):
             "task": task.settings.model_dump(),
             "network": network.model_dump(),
             "strategy": self._strategy.model_dump(),
+            "leave_out": self.leave_out,
         }
-        if unequal := [name for name, value in same.items() if earlier.start.get(name) != _as_json(value)]:
+        start = {"leave_out": ""} | earlier.start
+        if unequal := [name for name, value in same.items() if start.get(name) != _as_json(value)]:
             raise FedImagingError(f"continues: job {self.continues} had another {unequal[0]}", Reason.BAD_MODEL)
         self._earlier = earlier
         self._server.load_state(earlier.strategy)
@@ -340,15 +362,22 @@ class FederatedAveraging(FlareFedAvg):
     def _give_up_without_quorum(self, outstanding: Collection[str] = ()) -> None:
         """Ends the job if this round of training cannot count any more."""
         lack = self._quorum.shortfall(set(self._sites), outstanding) if self._training else None
-        if lack is None:
-            return
+        if lack is not None:
+            self._give_up(lack)
+
+    def _give_up(self, why: str) -> NoReturn:
         self.cancel_all_tasks(TaskCompletionStatus.CANCELLED)
-        self._record.add("failed", round=self.current_round, reason=lack, **self._participants())
-        raise RuntimeError(f"round {self.current_round}: {lack}")
+        number = self.start_round if self.current_round is None else self.current_round
+        self._record.add("failed", round=number, reason=why, **self._participants())
+        raise RuntimeError(f"round {number}: {why}")
+
+    def _names(self) -> set[str]:
+        """The job's sites, the one left out of training too."""
+        return {client.name for client in self.engine.get_clients()}
 
     def _participants(self) -> dict[str, Any]:
         """Who contributed to the round, who refused, and from whom nothing came."""
-        names = {client.name for client in self.engine.get_clients()} | set(self._asked)
+        names = self._names() - {self.leave_out} | set(self._asked)
         return {
             "sites": self._sites,
             "refused": self._refused,
@@ -381,7 +410,7 @@ class FederatedAveraging(FlareFedAvg):
             if self.abort_signal.triggered:
                 return
             time.sleep(self._task_check_period)
-        self.fl_ctx.set_prop(ANSWERED, sorted(self._answered), private=True, sticky=True)
+        self.fl_ctx.set_prop(EVALUATE_AT, self._to_evaluate_at(), private=True, sticky=True)
         value, best = self._selection.judge(self._total_rounds, metrics)
         if best:
             self._label_best()
@@ -394,6 +423,11 @@ class FederatedAveraging(FlareFedAvg):
             best=best,
             seconds=self._round_seconds(),
         )
+
+    def _to_evaluate_at(self) -> list[str]:
+        """The sites that answered last: others would be waited for in vain. The one left out was not asked yet."""
+        there = self.leave_out and not self.get_client_disconnect_time(self.leave_out)
+        return sorted(self._answered | ({self.leave_out} if there else set()))
 
     def _record_start(self) -> None:
         persistor = self.persistor
@@ -408,6 +442,7 @@ class FederatedAveraging(FlareFedAvg):
             continues=self.continues,
             min_clients=self.min_clients,
             required_sites=sorted(self._quorum.required_sites),
+            leave_out=self.leave_out,
             round_timeout=self.round_timeout,
             straggler_wait=self.straggler_wait,
             model_bytes=self._model_bytes,

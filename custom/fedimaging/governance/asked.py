@@ -27,6 +27,7 @@ class Asked:
     Args:
         settings: the arguments of its trainer, not validated.
         rounds: of training, as its server configuration says; None if that is not with it.
+        leave_out: the site that is not to train, as that configuration says; empty for none.
         submitter: as the ledger knows them; empty before the first task.
     """
 
@@ -35,6 +36,7 @@ class Asked:
     config: str
     settings: dict[str, Any]
     rounds: int | None
+    leave_out: str = ""
     submitter: str = ""
     role: str = ""
     signed: bool = False
@@ -76,8 +78,9 @@ def find_job(site: Path, job: str) -> Asked:
         name, settings, said = str(meta["name"]), dict(executor["executor"]["args"]), config_hash(raw)
     except (OSError, ValueError, KeyError, TypeError):
         raise FedImagingError(f"{folder}: no job of this programme") from None
-    rounds = _rounds(configs[0].with_name("config_fed_server.json"))
-    asked = Asked(name, job if deployed else None, said, settings, rounds)
+    workflow = _workflow(configs[0].with_name("config_fed_server.json"))
+    rounds, leave_out = workflow.get("num_rounds"), str(workflow.get("leave_out", ""))
+    asked = Asked(name, job if deployed else None, said, settings, rounds, leave_out)
     lines = [record for record in read_records(site) if deployed and record.get("job_id") == job]
     if not lines:
         return asked
@@ -87,12 +90,13 @@ def find_job(site: Path, job: str) -> Asked:
     )
 
 
-def _rounds(path: Path) -> int | None:
+def _workflow(path: Path) -> dict[str, Any]:
+    """The arguments of the server's workflow; none if its configuration is not there."""
     try:
         workflows = json.loads(path.read_text())["workflows"]
-        return next(w["args"]["num_rounds"] for w in workflows if "num_rounds" in w.get("args", {}))
+        return dict(next(w["args"] for w in workflows if "num_rounds" in w.get("args", {})))
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
-        return None
+        return {}
 
 
 def in_words(asked: Asked, site: Path) -> list[tuple[str, str]]:
@@ -105,11 +109,13 @@ def in_words(asked: Asked, site: Path) -> list[tuple[str, str]]:
     size = sum(4 * math.prod(shape) for shape in declared.update.values()) / 1e6
     rounds = "as many rounds as the server says" if asked.rounds is None else f"{asked.rounds} rounds"
     metrics = ", ".join(name for name in declared.metrics.model_fields if name != "cases")
+    left_out = f"{asked.leave_out}: it needs a grant to evaluate only" if asked.leave_out else ""
     return [
         ("job", asked.name + (f" ({asked.job_id})" if asked.job_id else ", not sent to this site yet")),
         ("submitted by", _who(asked)),
         ("data", f"the dataset {asked.dataset}"),
         ("to do", f"train for {rounds} of {training.epochs} epoch{'s' * (training.epochs > 1)}, and evaluate"),
+        *([("left out of training", left_out)] if left_out else []),
         ("task", f"{task.settings.name}: {', '.join(task.settings.classes)}; inputs of {_sides(task.input_shape)}"),
         ("network", f"{settings.network.name}, {training.strategy.name}"),
         ("leaves each round", f"{len(declared.update)} tensors of model weights, {size:.1f} MB; {metrics}; counts"),

@@ -5,7 +5,7 @@ alone. Rounds are counted from 1: `round` 1 is the first one trained, `after_rou
 """
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -124,7 +124,7 @@ def collect(workspace: Path, site: str | None = None) -> dict[str, Any]:
         "sites": sites,
         "job": _job(workspace, run, log, simulate),
         "picked": _picked(log),
-        "participation": [_participation(event, sites, log.late) for event in log.rounds],
+        "participation": [_participation(event, sites, log) for event in log.rounds],
         "training": [_training(event) for event in log.rounds],
         "validation": _validation(log, key),
         "cross_site": models,
@@ -212,6 +212,8 @@ def _site_names(log: Log, models: dict[str, Any], simulate: dict[str, Any]) -> l
     found = {*to_names(simulate.get("sites")), *to_names(log.final.get("metrics"))}
     for event in log.rounds:
         found.update(to_names(event.get("sites")), to_names(event.get("refused")), to_names(event.get("missing")))
+    if log.rounds and (left_out := to_text(log.start.get("leave_out"))):
+        found.add(left_out)
     return sorted(found.union(*models.values()))
 
 
@@ -235,10 +237,12 @@ def _job(workspace: Path, run: Path | None, log: Log, simulate: dict[str, Any]) 
         "rounds": to_number(start.get("rounds")),
         "rounds_done": len(log.rounds),
         "min_clients": to_number(start.get("min_clients")),
+        "leave_out": to_text(start.get("leave_out")),
         "seed": to_number(start.get("seed")),
         "start_from": to_text(start.get("start_from")),
         "continues": to_text(start.get("continues")),
         "start_round": to_number(start.get("start_round")),
+        "strategy": to_mapping(start.get("strategy")),
         "task": to_mapping(start.get("task")),
         "network": to_mapping(start.get("network")),
         "finished": bool(log.end),
@@ -256,7 +260,7 @@ def _picked(log: Log) -> dict[str, Any]:
     return {"after_rounds": after, "key_metric": metric, "so_far": not log.end}
 
 
-def _participation(event: dict[str, Any], sites: Iterable[str], late: Collection[tuple[int, str]]) -> dict[str, Any]:
+def _participation(event: dict[str, Any], sites: Iterable[str], log: Log) -> dict[str, Any]:
     present, refused = to_mapping(event.get("sites")), to_mapping(event.get("refused"))
 
     def cell(site: str) -> dict[str, Any]:
@@ -267,7 +271,9 @@ def _participation(event: dict[str, Any], sites: Iterable[str], late: Collection
         if site in refused:
             code = str(refused[site])
             return {"status": "refused", "reason": code, "meaning": REASONS.get(code)}
-        return {"status": "late" if (event["round"], site) in late else "missing"}
+        if site == log.start.get("leave_out"):
+            return {"status": "left_out"}
+        return {"status": "late" if (event["round"], site) in log.late else "missing"}
 
     return {"round": int(event["round"]) + 1, "sites": {site: cell(site) for site in sites}}
 
@@ -447,6 +453,11 @@ def _summary(report: dict[str, Any]) -> list[str]:
         last = " (the last)" if picked == job["rounds_done"] else ""
         when = "before any training" if picked == 0 else f"after round {picked}{last}"
         sentences.append(f"The model picked is the one {when}, the best on validation{so_far}.")
+    if job["leave_out"]:
+        sentences.append(
+            f"{job['leave_out']} was left out of training and of picking: its figures are those of a hospital that the "
+            "model never saw."
+        )
     if job["continues"] and job["start_round"]:
         before = _plural(int(job["start_round"]), "round")
         sentences.append(f"It continues job {job['continues']}, which was interrupted after {before}.")
