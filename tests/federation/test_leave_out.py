@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from fedimaging.compare.results import analyse_results
 from fedimaging.datasets.synthetic import synthesize
 from fedimaging.errors import FedImagingError
 from fedimaging.governance.ledger import PASSED, read_records, verify
@@ -24,7 +25,7 @@ TRAINED, LEFT_OUT = SITES[:2], SITES[2]
 @pytest.fixture(scope="module")
 def hospitals(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
-    synthesize(root, hospitals=3, cases=60, longer=64, seed=1)
+    synthesize(root, hospitals=3, cases=(60, 50, 160), longer=64, seed=1)
     return root
 
 
@@ -89,6 +90,20 @@ def test_the_report_says_who_was_left_out(runs):
     assert report["problems"] == []
     assert any(line.startswith(f"{LEFT_OUT} was left out of training") for line in report["headline"]["summary"])
     assert page.read_text().count("left out of training") >= 4
+
+
+@pytest.mark.federation
+def test_finished_jobs_make_a_table_with_the_hospital_judged_by_the_model_that_never_saw_it(runs):
+    table = analyse_results(runs)
+    assert {name: row["kind"] for name, row in table["rows"].items()} == {
+        "chest_xray_fedavg": "federated", "chest_xray_leave_one_out": "left_out"
+    }  # fmt: skip
+    results = json.loads((server(runs[0]) / "cross_site_val/cross_val_results.json").read_text())
+    shown = table["rows"]["chest_xray_leave_one_out"]["sites"]
+    assert [shown[site] for site in TRAINED] == [None, None]
+    assert shown[LEFT_OUT]["value"] == results[LEFT_OUT]["SRV_best"]["auroc"] is not None
+    assert shown[LEFT_OUT]["ci"] == results[LEFT_OUT]["SRV_best"]["auroc_ci"]
+    assert table["cautions"] == []
 
 
 @pytest.mark.parametrize(

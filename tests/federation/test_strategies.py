@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from fedimaging.compare.analysis import ALONE
+from fedimaging.compare.results import analyse_results
 from fedimaging.datasets.site import resolve
 from fedimaging.datasets.synthetic import synthesize
 from fedimaging.federation.job import JobFolder
@@ -102,3 +104,6 @@ def test_alone_every_site_s_model_is_judged_everywhere_and_nothing_else_leaves(h
         assert own["SRV_best"]["judged"] == "personal"
         assert own["SRV_best"]["accuracy"] == own[name]["accuracy"], "its own model by either way"
     assert results[SITES[0]][SITES[1]]["judged"] == "global"
+    table = analyse_results([workspace])
+    assert list(table["rows"]) == [ALONE]
+    assert {owner: set(row) for owner, row in table["others"].items()} == {site: set(SITES) for site in SITES}

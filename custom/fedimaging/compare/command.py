@@ -26,6 +26,8 @@ _EXAMPLES = """examples:
   three seeds, settings changed for all rows:
     python -m fedimaging compare jobs/chest_xray_fedavg --data data/real --seeds 0,1,2 --set rounds=24 \\
       --set task.classes=normal,pneumonia --set task.image_size=112
+  jobs that ran at hospitals or in POC, where nobody holds all data; the folders that were downloaded:
+    python -m fedimaging compare --results results/ALONE_ID results/FEDAVG_ID results/LEAVE_ONE_OUT_ID
 """
 
 
@@ -37,16 +39,27 @@ def add_commands(subparsers: Any) -> None:
         description="Trains each hospital's own model, a pooled model and the federated ones that are asked for, with\n"
         "the same network, optimizer steps, schedule, augmentation and seeds, and judges all of them on every\n"
         "hospital's test split. Each model is picked on validation cases. Federated rows run the job folders in\n"
-        "FLARE's simulator. A run that is done is a file, so an interrupted comparison goes on where it was.",
+        "FLARE's simulator. A run that is done is a file, so an interrupted comparison goes on where it was.\n\n"
+        "With --results nothing is trained: the table is made of what the sites of finished jobs reported, with the\n"
+        "intervals that each site bootstrapped. It has no pooled row and no p-values, for neither images nor results\n"
+        "of single cases left the sites.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "jobs", nargs="+", type=Path, help="job folders; the first one's settings are the baselines' too"
+        "jobs", nargs="*", type=Path, help="job folders; the first one's settings are the baselines' too"
     )
-    parser.add_argument("--data", type=Path, required=True, help="data root with <site>/<dataset>/manifest.json")
+    parser.add_argument("--data", type=Path, help="data root with <site>/<dataset>/manifest.json")
+    parser.add_argument(
+        "--results", nargs="+", type=Path, metavar="DIR",
+        help="folders of finished jobs, downloaded or of `simulate`; in place of JOB and --data",
+    )  # fmt: skip
     parser.add_argument("--seeds", default="0", help="comma-separated; every row is trained with each (default: 0)")
-    parser.add_argument("--out", type=Path, help="folder of results and report (default: runs/compare_<dataset>)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of results and report (default: runs/compare_<dataset> or runs/compare_results)",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
         help="change a setting of all rows, as `simulate --set` does",
@@ -56,6 +69,40 @@ def add_commands(subparsers: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    trained = [arguments.jobs, arguments.data, arguments.changes, arguments.no_pooled, arguments.seeds != "0"]
+    if arguments.results:
+        if any(trained):
+            raise FedImagingError(
+                "compare --results: finished jobs are compared as they are; leave out JOB, --data, --seeds, --set and "
+                "--no-pooled"
+            )
+        return _compare_results(arguments)
+    if not arguments.jobs or not arguments.data:
+        raise FedImagingError("compare: name job folders and --data, or finished jobs with --results")
+    return _train_and_compare(arguments)
+
+
+def _compare_results(arguments: argparse.Namespace) -> int:
+    from fedimaging.compare.page import render_results
+    from fedimaging.compare.results import analyse_results
+    from fedimaging.report.html import write_files
+
+    figures = analyse_results(arguments.results) | {"command": _command_line()}
+    out = arguments.out or Path("runs") / "compare_results"
+    out.mkdir(parents=True, exist_ok=True)
+    page, data = write_files(out / "report.html", render_results(figures), figures, private=False)
+    Console().print(results_table(figures))
+    for caution in figures["cautions"]:
+        console.print(caution, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"report: {page}\nfigures: {data}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _command_line() -> str:
+    return "python -m fedimaging " + shlex.join(sys.argv[1:])
+
+
+def _train_and_compare(arguments: argparse.Namespace) -> int:
     # Imported here: they bring torch and MONAI, and a command's help should not wait for them.
     from fedimaging.compare.analysis import analyse
     from fedimaging.compare.page import render
@@ -84,7 +131,7 @@ def _run(arguments: argparse.Namespace) -> int:
             except FedImagingError as error:
                 raise FedImagingError(f"{run.title}: {error} (results so far stay in {out})", error.reason) from None
             progress.end(results[-1], done)
-    figures = analyse(comparison, results) | {"command": "python -m fedimaging " + shlex.join(sys.argv[1:])}
+    figures = analyse(comparison, results) | {"command": _command_line()}
     page, data = write_files(out / "report.html", render(figures), figures, private=False)
     Console().print(table(figures))
     console.print(f"report: {page}\nfigures: {data}", highlight=False, soft_wrap=True)
@@ -171,6 +218,32 @@ def table(figures: dict[str, Any]) -> Table:
         )
     shown.caption = "* chosen on validation; the report has differences with p-values, subgroups and curves"
     return shown
+
+
+def results_table(figures: dict[str, Any]) -> Table:
+    """The figures of finished jobs for a terminal: by row, each hospital and the macro mean."""
+    shown = Table(
+        "model",
+        *figures["sites"],
+        "macro mean",
+        title=f"test {figures['metric']['label']}, 95 % interval of each hospital",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name, row in figures["rows"].items():
+        cells = [_reported(row["sites"][site]) for site in figures["sites"]]
+        shown.add_row(name, *cells, _reported(row["macro"]))
+    return shown
+
+
+def _reported(figure: dict[str, Any] | None) -> str:
+    """A figure as a site reported it."""
+    if figure is None:
+        return "–"
+    if figure["value"] is None:
+        return "too few cases" if figure["status"] == "withheld" else "not given"
+    low, high = figure["ci"] or (None, None)
+    return f"{figure['value']:.3f}" + (f"\n{low:.3f}–{high:.3f}" if low is not None else "")
 
 
 def _cell(figure: dict[str, Any] | None) -> str:

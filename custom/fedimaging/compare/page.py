@@ -13,13 +13,12 @@ from fedimaging.report.html import EXPLANATIONS, marker_shapes, page_environment
 
 def render(figures: dict[str, Any]) -> str:
     """The page of a comparison's figures."""
-    names = {row: "each hospital’s own model" if row == ALONE else row for row in figures["rows"]}
     return (
         page_environment("fedimaging.compare")
         .get_template("compare.html")
         .render(
             figures=figures,
-            names=names,
+            names=_names(figures),
             index={row: i for i, row in enumerate(figures["rows"])},
             markers=marker_shapes(),
             explanation=EXPLANATIONS.get(figures["metric"]["name"]),
@@ -27,6 +26,20 @@ def render(figures: dict[str, Any]) -> str:
             bar=_bars(figures),
         )
     )
+
+
+def render_results(figures: dict[str, Any]) -> str:
+    """The page of the figures of finished jobs."""
+    return (
+        page_environment("fedimaging.compare")
+        .get_template("results.html")
+        .render(figures=figures, names=_names(figures), explanation=EXPLANATIONS.get(figures["metric"]["name"]))
+    )
+
+
+def _names(figures: dict[str, Any]) -> dict[str, str]:
+    """What a reader calls the rows."""
+    return {row: "each hospital’s own model" if row == ALONE else row for row in figures["rows"]}
 
 
 def _learning(figures: dict[str, Any]) -> Markup | None:
