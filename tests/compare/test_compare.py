@@ -14,7 +14,7 @@ import pytest
 
 from fedimaging.cli import main
 from fedimaging.compare import paired
-from fedimaging.compare.analysis import ALONE, _Analysis, analyse
+from fedimaging.compare.analysis import ALONE, LEFT_OUT, _Analysis, analyse
 from fedimaging.compare.page import render
 from fedimaging.compare.runs import POOLED, Comparison, Result, Runner, pool
 from fedimaging.datasets.synthetic import synthesize
@@ -191,6 +191,56 @@ def test_who_loses_is_told(comparison):
     worse = next(d for d in figures["differences"] if d["base"] == POOLED)["macro"]
     assert worse["p"] < 1e-4
     assert "hospital-b’s at hospital-a" in render(figures | {"command": "x"})
+
+
+@pytest.fixture
+def leaving_out(hospitals):
+    return Comparison([FEDAVG], hospitals, [0], SMALL | {"min_clients": 1}, leave_one_out=True)
+
+
+def test_each_hospital_is_judged_by_the_model_that_was_trained_without_it(leaving_out):
+    def skill(run, site):
+        return 0.3 if run.leave_out == site else typical(run, site)
+
+    assert [(run.row, run.leave_out, run.steps) for run in leaving_out.runs[-2:]] == [
+        ("without_hospital-a", "hospital-a", 2), ("without_hospital-b", "hospital-b", 2)
+    ]  # fmt: skip
+    figures = analyse(leaving_out, made_up(leaving_out, skill))
+    row = figures["rows"][LEFT_OUT]
+    assert row["kind"] == "left_out"
+    for site in ("hospital-a", "hospital-b"):
+        assert row["sites"][site]["value"] < 0.75 < figures["rows"]["chest_xray_fedavg"]["sites"][site]["value"]
+    assert row["seconds"] == 20.0, "two runs"
+    assert figures["chosen"] == "chest_xray_fedavg"
+    assert LEFT_OUT not in figures["curves"]
+    against = {(d["row"], d["base"]): d["macro"]["value"] for d in figures["differences"]}
+    assert against[LEFT_OUT, ALONE] < 0
+    assert "each hospital by a model trained without it" in render(figures | {"command": "x"})
+
+
+@pytest.mark.federation
+def test_a_run_without_a_hospital_is_one_of_the_job_that_leaves_it_out(leaving_out, tmp_path):
+    run = leaving_out.runs[-1]
+    result = Runner(leaving_out, tmp_path).result(run)
+    assert len(result.curve) == 3
+    assert {site: len(rows) for site, rows in result.cases.items()} == {
+        site: len(dataset.manifest.test) for site, dataset in leaving_out.datasets.items()
+    }
+    one_site_s_models = 2 * 2 * 40e6
+    assert one_site_s_models < result.bytes < 1.5 * one_site_s_models, "nothing went to the other one in training"
+
+
+@pytest.mark.parametrize(
+    ("jobs", "changes", "told"),
+    [
+        ([FEDAVG], {}, "sites left to train at: 1, and chest_xray_fedavg needs 2"),
+        ([FEDBN], {"min_clients": 1}, "judges sites by models of their own"),
+        ([FEDAVG.with_name("chest_xray_leave_one_out")], {}, "leaves out hospital-c"),
+    ],
+)
+def test_leaving_out_where_it_cannot_be_is_refused(hospitals, jobs, changes, told):
+    with pytest.raises(FedImagingError, match=told):
+        Comparison(jobs, hospitals, [0], SMALL | changes, leave_one_out=True)
 
 
 def test_cases_that_a_model_could_not_read_are_left_out_for_all(comparison):

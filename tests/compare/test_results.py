@@ -165,6 +165,7 @@ def test_the_command_prints_the_table_and_writes_the_page(jobs, tmp_path, capsys
         (["--results", "nowhere"], "no rounds.jsonl in nowhere"),
         (["--results", "nowhere", "--data", "data/demo"], "leave out JOB, --data"),
         (["--results", "nowhere", "--no-pooled"], "leave out JOB, --data"),
+        (["--results", "nowhere", "--leave-one-out"], "leave out JOB, --data"),
         (["jobs/chest_xray_fedavg"], "name job folders and --data"),
         ([], "name job folders and --data"),
     ],

@@ -13,7 +13,7 @@ import numpy as np
 
 from fedimaging.compare import paired
 from fedimaging.compare.paired import Estimate
-from fedimaging.compare.runs import POOLED, Comparison, Result
+from fedimaging.compare.runs import POOLED, Comparison, Result, without
 from fedimaging.datasets.manifest import COVARIATES, SPLITS, Case
 from fedimaging.errors import FedImagingError
 from fedimaging.report.collect import metric_label
@@ -21,6 +21,8 @@ from fedimaging.tasks.statistics import MIN_CELL
 
 ALONE = "alone"
 """row of the sites' own models, each judged on its own test cases"""
+LEFT_OUT = "leave_one_out"
+"""row of the models that were trained without one site each, judged on that site's test cases"""
 _SEED = 0
 
 Rows = list[dict[str, Any]]
@@ -77,7 +79,12 @@ class _Analysis:
         self.by_row: dict[str, dict[int, Result]] = defaultdict(dict)
         for result in results:
             self.by_row[result.run.row][result.run.seed] = result
-        self.rows = [ALONE, *([POOLED] if comparison.pooled else []), *comparison.jobs]
+        self.rows = [
+            ALONE,
+            *([POOLED] if comparison.pooled else []),
+            *comparison.jobs,
+            *([LEFT_OUT] if comparison.leave_one_out else []),
+        ]
 
     def _shared_cases(self, site: str) -> list[Case]:
         """The test cases that every model was judged on, in one order."""
@@ -88,9 +95,15 @@ class _Analysis:
             raise FedImagingError(f"{site}: no test case that every model was judged on; delete the results, run again")
         return [listed[name] for name in sorted(shared)]
 
+    def _members(self, row: str) -> dict[str, str]:
+        """The row of the runs whose model a row of the table stands for, by site."""
+        if row == LEFT_OUT:
+            return {site: without(site) for site in self.comparison.sites}
+        return {site: site if row == ALONE else row for site in self.comparison.sites}
+
     def _model(self, row: str, site: str, seed: int) -> Result:
         """The run whose model a row stands for at a site."""
-        return self.by_row[site if row == ALONE else row][seed]
+        return self.by_row[self._members(row)[site]][seed]
 
     def _estimates(
         self, row: str, site: str, chosen: Callable[[Case], bool] = lambda case: True
@@ -121,7 +134,8 @@ class _Analysis:
         }
         others = self._others()
         federated = list(self.comparison.jobs)
-        validation = {row: self._validation(row) for row in self.rows if row != ALONE}
+        single = [row for row in self.rows if row not in (ALONE, LEFT_OUT)]
+        validation = {row: self._validation(row) for row in single}
         chosen = max(federated, key=lambda row: -1.0 if validation[row] is None else float(validation[row] or 0))
         return {
             "metric": {"name": self.measure.name, "label": metric_label(self.measure.name)},
@@ -133,7 +147,7 @@ class _Analysis:
             "steps": self.comparison.steps * self.comparison.rounds,
             "rows": {
                 row: {
-                    "kind": "alone" if row == ALONE else "pooled" if row == POOLED else "federated",
+                    "kind": {ALONE: "alone", POOLED: "pooled", LEFT_OUT: "left_out"}.get(row, "federated"),
                     "strategy": self._strategy(row),
                     "sites": {site: _shown(table[row][site]) for site in sites},
                     "macro": _shown(macro[row]),
@@ -147,13 +161,13 @@ class _Analysis:
             "others": others,
             "differences": [
                 self._difference(row, base, means, macro, judged)
-                for row in federated
+                for row in self.rows
                 for base in self.rows
-                if base in (ALONE, POOLED)
+                if row not in (ALONE, POOLED) and base in (ALONE, POOLED)
             ],
             "verdicts": {row: self._verdict(row, means, macro, others, judged) for row in federated},
             "subgroups": self._subgroups([ALONE, *([POOLED] if self.comparison.pooled else []), chosen]),
-            "curves": {row: self._curve(row) for row in self.rows if row != ALONE},
+            "curves": {row: self._curve(row) for row in single},
             "settings": self.comparison.settings.to_dict(),
             "changes": self.comparison.changes,
         }
@@ -274,12 +288,13 @@ class _Analysis:
     def _strategy(self, row: str) -> dict[str, Any] | None:
         if row in (ALONE, POOLED):
             return None
-        settings = next(iter(self.by_row[row].values())).run.settings["training"]
+        member = next(iter(self._members(row).values()))
+        settings = next(iter(self.by_row[member].values())).run.settings["training"]
         return {**settings["strategy"], "optimizer": settings["optimizer"], "learning_rate": settings["learning_rate"]}
 
     def _cost(self, row: str) -> dict[str, Any]:
-        """Seconds and bytes in the mean over seeds; of the sites' own models all together."""
-        rows = self.comparison.sites if row == ALONE else [row]
+        """Seconds and bytes in the mean over seeds; of all models of the row together."""
+        rows = set(self._members(row).values())
         per_seed = [[self.by_row[r][seed] for r in rows] for seed in self.seeds]
         return {
             "seconds": round(fmean(sum(result.seconds for result in group) for group in per_seed), 1),

@@ -26,6 +26,8 @@ _EXAMPLES = """examples:
   three seeds, settings changed for all rows:
     python -m fedimaging compare jobs/chest_xray_fedavg --data data/real --seeds 0,1,2 --set rounds=24 \\
       --set task.classes=normal,pneumonia --set task.image_size=112
+  what FedAvg does at a hospital that it never saw:
+    python -m fedimaging compare jobs/chest_xray_fedavg --data data/demo --leave-one-out
   jobs that ran at hospitals or in POC, where nobody holds all data; the folders that were downloaded:
     python -m fedimaging compare --results results/ALONE_ID results/FEDAVG_ID results/LEAVE_ONE_OUT_ID
 """
@@ -65,16 +67,20 @@ def add_commands(subparsers: Any) -> None:
         help="change a setting of all rows, as `simulate --set` does",
     )  # fmt: skip
     parser.add_argument("--no-pooled", action="store_true", help="leave out the pooled model")
+    parser.add_argument(
+        "--leave-one-out", action="store_true",
+        help="also run the first job without each hospital in turn, and judge the model there; a run for each hospital",
+    )  # fmt: skip
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    trained = [arguments.jobs, arguments.data, arguments.changes, arguments.no_pooled, arguments.seeds != "0"]
     if arguments.results:
-        if any(trained):
+        trained = ("jobs", "data", "changes", "no_pooled", "leave_one_out")
+        if any(getattr(arguments, name) for name in trained) or arguments.seeds != "0":
             raise FedImagingError(
-                "compare --results: finished jobs are compared as they are; leave out JOB, --data, --seeds, --set and "
-                "--no-pooled"
+                "compare --results: finished jobs are compared as they are; leave out JOB, --data, --seeds, --set, "
+                "--no-pooled and --leave-one-out"
             )
         return _compare_results(arguments)
     if not arguments.jobs or not arguments.data:
@@ -116,6 +122,7 @@ def _train_and_compare(arguments: argparse.Namespace) -> int:
         _seeds(arguments.seeds),
         parse_changes(arguments.changes),
         pooled=not arguments.no_pooled,
+        leave_one_out=arguments.leave_one_out,
     )
     out = arguments.out or Path("runs") / f"compare_{comparison.settings.dataset}"
     results = []

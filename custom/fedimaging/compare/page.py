@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fedimaging.compare.analysis import ALONE
+from fedimaging.compare.analysis import ALONE, LEFT_OUT
 from fedimaging.report import figures as charts
 from fedimaging.report.html import EXPLANATIONS, marker_shapes, page_environment
 
@@ -39,7 +39,8 @@ def render_results(figures: dict[str, Any]) -> str:
 
 def _names(figures: dict[str, Any]) -> dict[str, str]:
     """What a reader calls the rows."""
-    return {row: "each hospital’s own model" if row == ALONE else row for row in figures["rows"]}
+    named = {ALONE: "each hospital’s own model", LEFT_OUT: "each hospital by a model trained without it"}
+    return {row: named.get(row, row) for row in figures["rows"]}
 
 
 def _learning(figures: dict[str, Any]) -> Markup | None:

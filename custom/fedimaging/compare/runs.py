@@ -48,6 +48,8 @@ class Run:
     settings: dict[str, Any]
     data: dict[str, str]
     """digest of each site's manifest"""
+    leave_out: str = ""
+    """the site that does not train"""
 
     @property
     def key(self) -> str:
@@ -94,6 +96,11 @@ class Result:
             return None
 
 
+def without(site: str) -> str:
+    """The row of the runs that leave out a site."""
+    return f"without_{site}"
+
+
 class Comparison:
     """The runs that a comparison needs, planned from job folders and a data root; nothing is trained yet.
 
@@ -103,15 +110,23 @@ class Comparison:
         seeds: of initial weights, order and augmentation.
         changes: settings changed for all runs, as ``simulate --set`` does.
         pooled: whether the sites' cases may be put together.
+        leave_one_out: whether the first job runs once more for each site, without it.
 
     Raises:
         FedImagingError: the jobs differ in what must be equal, or a site's dataset cannot serve them.
     """
 
     def __init__(
-        self, jobs: Sequence[Path], data: Path, seeds: Sequence[int], changes: Mapping[str, Any], pooled: bool = True
+        self,
+        jobs: Sequence[Path],
+        data: Path,
+        seeds: Sequence[int],
+        changes: Mapping[str, Any],
+        *,
+        pooled: bool = True,
+        leave_one_out: bool = False,
     ) -> None:
-        self.data, self.changes, self.pooled = data, dict(changes), pooled
+        self.data, self.changes, self.pooled, self.leave_one_out = data, dict(changes), pooled, leave_one_out
         self.jobs = {job.name: job for job in map(JobFolder, jobs)}
         if len(self.jobs) < len(jobs):
             raise FedImagingError("compare: two job folders have the same name; give each job once")
@@ -119,12 +134,18 @@ class Comparison:
         for name, job in self.jobs.items():
             job.override(self.changes)
             settings[name] = job.settings()
+            if job.leave_out:
+                raise FedImagingError(
+                    f"compare: {name} leaves out {job.leave_out}; --leave-one-out does so for each site"
+                )
         first = next(iter(settings))
         self.settings = settings[first]
         self.rounds = self.jobs[first].rounds
         for name in settings:
             self._check_equal(first, name, settings)
         self.datasets = self._find(self.settings)
+        if leave_one_out:
+            self._check_leave_one_out(self.jobs[first])
         self.steps = sum(self._steps(dataset) for dataset in self.datasets.values())
         self.runs = [run for seed in seeds for run in self._plan(seed, settings)]
 
@@ -148,6 +169,19 @@ class Comparison:
                     f"strategies; make it equal with --set {what}=..."
                 )
 
+    def _check_leave_one_out(self, job: JobFolder) -> None:
+        there = len(self.datasets) - 1
+        if there < job.min_clients:
+            raise FedImagingError(
+                f"--leave-one-out: sites left to train at: {there}, and {job.name} needs {job.min_clients}; add "
+                f"sites or --set min_clients={there}"
+            )
+        if job.workflow.strategy.personal:
+            raise FedImagingError(
+                f"--leave-one-out: {job.name}, the first job, judges sites by models of their own, and one left out "
+                "has none; name another first"
+            )
+
     def _find(self, settings: JobSettings) -> dict[str, Dataset]:
         found = {}
         for site in find_sites(self.data, settings.dataset):
@@ -169,12 +203,17 @@ class Comparison:
         base = self.settings.to_dict()
         base["training"]["strategy"] = dict(DEFAULT_STRATEGY)
 
-        def run(kind: str, row: str, raw: dict[str, Any]) -> Run:
-            return Run(kind, row, seed, self.rounds, self.steps, copy.deepcopy(raw) | {"seed": seed}, data)
+        def run(kind: str, row: str, raw: dict[str, Any], leave_out: str = "") -> Run:
+            steps = self.steps - (self._steps(self.datasets[leave_out]) if leave_out else 0)
+            return Run(kind, row, seed, self.rounds, steps, copy.deepcopy(raw) | {"seed": seed}, data, leave_out)
 
         local = [run("local", site, base) for site in self.datasets]
         federated = [run("federated", name, job.to_dict()) for name, job in settings.items()]
-        return [*local, *([run("pooled", POOLED, base)] if self.pooled else []), *federated]
+        first = next(iter(settings.values())).to_dict()
+        left_out = (
+            [run("federated", without(site), first, site) for site in self.datasets] if self.leave_one_out else []
+        )
+        return [*local, *([run("pooled", POOLED, base)] if self.pooled else []), *federated, *left_out]
 
 
 class Runner:
@@ -245,10 +284,9 @@ class Runner:
     def _federated(self, run: Run) -> Result:
         comparison = self._comparison
         workspace = self._folder / f"{run.row}-seed{run.seed}"
-        changes = comparison.changes | {"seed": run.seed}
-        outcome = simulate(
-            comparison.jobs[run.row].path, comparison.data, workspace, changes=changes, sites=comparison.sites
-        )
+        changes = comparison.changes | {"seed": run.seed, "leave_out": run.leave_out}
+        job = next(iter(comparison.jobs.values())) if run.leave_out else comparison.jobs[run.row]
+        outcome = simulate(job.path, comparison.data, workspace, changes=changes, sites=comparison.sites)
         if outcome.errors:
             raise FedImagingError(f"{run.title}: {'; '.join(outcome.errors)}", Reason.INTERNAL)
         cases = {}
