@@ -1,4 +1,6 @@
-"""What FLARE alone does not mend after a restart: a site is not in its jobs any more, a server's jobs run for ever."""
+"""What FLARE alone does not mend: a site that came back is not in its jobs any more, a killed server's jobs run for
+ever, and a job ends for all when its process at one site fails.
+"""
 
 import threading
 from pathlib import Path
@@ -10,9 +12,14 @@ from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import RunProcessKey, SystemComponents
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_def import ALL_SITES, Job, JobMetaKey, RunStatus
+from nvflare.apis.job_launcher_spec import JobReturnCode
 from nvflare.apis.job_scheduler_spec import DispatchInfo
 from nvflare.apis.workspace import Workspace
+from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
+from nvflare.fuel.f3.cellnet.defs import ReturnCode as CellReturnCode
+from nvflare.fuel.f3.message import Message
 from nvflare.private.admin_defs import MsgHeader, ReturnCode
+from nvflare.private.defs import CellChannel, CellChannelTopic, CellMessageHeaderKeys, JobFailureMsgKey
 from nvflare.private.fed.server.job_runner import JobRunner
 from nvflare.private.fed.utils.app_deployer import AppDeployer
 from nvflare.private.fed.utils.fed_utils import extract_participants
@@ -22,6 +29,9 @@ from nvflare.utils.job_launcher_utils import get_resource_manager_spec
 from fedimaging.federation.protocol import STRATEGY_FILE
 
 _REPLY_SECONDS = 60.0
+_OWN_FAULT = (JobReturnCode.EXCEPTION, JobReturnCode.CONFIG_ERROR, JobReturnCode.INFRASTRUCTURE_ERROR)
+"""how a site says that its process of a job ended by an error of its own, by a signal too; a class that is not on its
+allow-list is the job's fault"""
 
 
 class Restarts(FLComponent):
@@ -33,16 +43,27 @@ class Restarts(FLComponent):
 
     Jobs that ran when the server was killed are marked as finished abnormally when it starts again, and what they left
     is archived, so that it can be downloaded and continued.
+
+    A job goes on when a site says that its process of it failed, which FLARE takes for the end of the whole job: the
+    site is then reported to the job as dead, and whether a round counts without it is decided by the job's quorum.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()
         self._handled: set[tuple[str, str]] = set()
+        self._failed: set[tuple[str, str]] = set()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.SYSTEM_START:
             self._close_killed_jobs(fl_ctx)
+            server = fl_ctx.get_engine().server
+            server.cell.register_request_cb(
+                channel=CellChannel.SERVER_MAIN,
+                topic=CellChannelTopic.REPORT_JOB_FAILURE,
+                cb=self._on_failure_report,
+                server=server,
+            )
         elif event_type == EventType.CLIENT_HEARTBEAT_PROCESSED:
             # A site's first heartbeat says that it listens; at its registration it does not yet.
             self._welcome(fl_ctx)
@@ -58,12 +79,31 @@ class Restarts(FLComponent):
             jobs.set_status(job.job_id, RunStatus.FINISHED_ABNORMAL, fl_ctx)
             self.log_warning(fl_ctx, f"job {job.job_id} was running when the server stopped; another can continue it")
 
+    def _on_failure_report(self, report: Message, server: Any) -> Message:
+        """In place of FLARE's ``FederatedServer.process_job_failure``, which still checks who reports, and answers."""
+        said: dict[str, Any] = report.payload if isinstance(report.payload, dict) else {}
+        own_fault = said.get(JobFailureMsgKey.CODE) in _OWN_FAULT
+        if own_fault:
+            report.payload = {**said, JobFailureMsgKey.CODE: JobReturnCode.UNKNOWN}
+        reply: Message = server.process_job_failure(report)
+        token, job_id = report.get_header(CellMessageHeaderKeys.TOKEN), str(said.get(JobFailureMsgKey.JOB_ID))
+        process = server.engine.run_processes.get(job_id) or {}
+        client = (process.get(RunProcessKey.PARTICIPANTS) or {}).get(token)
+        if own_fault and client is not None and reply.get_header(MessageHeaderKey.RETURN_CODE) == CellReturnCode.OK:
+            self.logger.error(f"the process of job {job_id} at site {client.name} failed; the job goes on without it")
+            self._failed.add((job_id, token))
+            server.engine.notify_dead_job(job_id, client.name, "its process failed")
+        return reply
+
     def _welcome(self, fl_ctx: FLContext) -> None:
         peer, engine = fl_ctx.get_peer_context(), fl_ctx.get_engine()
         client = engine.get_client_from_name(peer.get_identity_name()) if peer else None
         if client is None:
             return
         for job_id, process in list(engine.run_processes.items()):
+            if (job_id, client.token) in self._failed:
+                # Said again with each heartbeat: before a job's first round nobody there hears it.
+                engine.notify_dead_job(job_id, client.name, "its process failed")
             participants: dict[str, Client] = process.get(RunProcessKey.PARTICIPANTS) or {}
             if client.token in participants or client.name not in {c.name for c in participants.values()}:
                 continue
