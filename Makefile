@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 DATA := data/demo
 RUN := runs/chest_xray_fedavg
 
-.PHONY: help install demo compare poc test check format clean
+.PHONY: help install demo compare poc test every-job check format clean
 
 help:
 	@echo 'make demo    three synthetic hospitals train one chest X-ray model; ends in a report'
 	@echo 'make compare training alone, pooled and federated on small synthetic hospitals; ends in a report'
 	@echo 'make poc     the real federation as separate processes on this machine'
 	@echo 'make test    the whole test suite'
+	@echo 'make every-job  every job of jobs/ in the simulator and in POC, compared; not part of the suite'
 	@echo 'make check   lint, format and types'
 	@echo 'make format  format the code'
 	@echo 'make clean   delete .venv, data/demo, data/compare and runs/'
@@ -45,6 +46,9 @@ poc: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+every-job: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m slow -v
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff format --check .

@@ -28,8 +28,9 @@ from provisioning.lifecycle import renew
 from provisioning.package import write_package
 from tests.conftest import JOB, SITES, fedimaging
 from tests.console import AdminConsole, LoginRefusedError
-from tests.provisioning.conftest import PASSPHRASE, PATIENCE, tree, wait_for
+from tests.provisioning.conftest import FOURTH, PASSPHRASE, PATIENCE, tree, wait_for
 from tests.provisioning.participants import LEAD, MEMBER, PROJECT_ADMIN, SERVER, RunningFederation, listens
+from tests.rounds import assert_same_course, events
 
 pytestmark = pytest.mark.federation
 
@@ -86,10 +87,6 @@ def finished_job(federation, lead, tmp_path_factory):
     return SimpleNamespace(id=job_id, meta=meta, folder=folder, workspace=folder / "workspace", before=before)
 
 
-def records(workspace):
-    return [json.loads(line) for line in (workspace / "rounds.jsonl").read_text().splitlines()]
-
-
 def test_the_package_comes_from_the_kits_alone(federation):
     for name in (SERVER, *SITES, LEAD):
         found = subprocess.run(
@@ -102,39 +99,14 @@ def test_the_package_comes_from_the_kits_alone(federation):
 def test_the_committed_job_runs_from_the_console(finished_job):
     assert finished_job.meta["status"] == "FINISHED:COMPLETED"
     assert sorted(finished_job.meta["job_deploy_detail"]) == sorted(f"{name}: OK" for name in ("server", *SITES))
-    start, *rounds, _, end = records(finished_job.workspace)
+    start, *rounds, _, end = events(finished_job.workspace)
     assert [record["round"] for record in rounds] == list(range(start["rounds"]))
     assert all(set(record["sites"]) == set(SITES) and not record["refused"] for record in rounds)
     assert end["event"] == "end"
 
 
 def test_it_learns_what_it_learns_in_the_simulator(finished_job, plain_run):
-    """Round by round the same, as long as the same site was the last to arrive in every round before.
-
-    Updates are summed as they arrive, and of a sum of three floats the last bit depends on which is the third. A round
-    of training in bfloat16 makes a different last bit a different loss. In four runs, one of them on kits, the AUROC of
-    the models on a site's 26 to 44 test cases differed by up to 0.10 between two runs, the mean over the sites by up to
-    0.06; twice that is tolerated.
-    """
-    simulated = plain_run[0] / "server/simulate_job"
-    rounds = [
-        [line for line in records(folder) if line["event"] == "round"] for folder in (finished_job.workspace, simulated)
-    ]
-    for ours, theirs in zip(*rounds, strict=True):
-        assert ours["key_metric"] == pytest.approx(theirs["key_metric"], abs=1e-6)
-        for site in SITES:
-            assert ours["sites"][site]["cases"] == theirs["sites"][site]["cases"]
-            assert ours["sites"][site]["loss"] == pytest.approx(theirs["sites"][site]["loss"], rel=1e-6)
-        if list(ours["sites"])[-1] != list(theirs["sites"])[-1]:
-            break
-    results = [
-        json.loads((folder / "cross_site_val/cross_val_results.json").read_text())
-        for folder in (finished_job.workspace, simulated)
-    ]
-    for model in ("SRV_best", "SRV_last"):
-        ours, theirs = ([result[site][model]["auroc"] for site in SITES] for result in results)
-        assert ours == pytest.approx(theirs, abs=0.2)
-        assert sum(ours) / len(SITES) == pytest.approx(sum(theirs) / len(SITES), abs=0.12)
+    assert_same_course(finished_job.workspace, plain_run[0] / "server/simulate_job")
 
 
 def test_the_report_of_a_download_is_written(finished_job):
@@ -452,7 +424,7 @@ def test_a_site_refuses(attacked, attack):
     assert outcome.meta["status"] != "FINISHED:COMPLETED"
     assert not MARK.exists()
     if code is not None:
-        told = [record for record in records(outcome.workspace) if record.get("site") == outcome.place]
+        told = [record for record in events(outcome.workspace) if record.get("site") == outcome.place]
         assert {record["reason"] for record in told} == {code}
 
 
@@ -476,14 +448,6 @@ def test_the_site_s_own_word_holds(federation, lead, tmp_path):
 
 # -- the federation's life ---------------------------------------------------------------------------------------------
 
-FOURTH = """  - name: hospital-d
-    type: client
-    org: hospital_d
-  - name: admin@hospital-d.example.org
-    type: admin
-    org: hospital_d
-    role: org_admin
-"""
 ALL = (*SITES, "hospital-d")
 
 
@@ -552,7 +516,7 @@ def versions_of_a_small_job(federation, folder):
     with federation[LEAD].console() as console:
         job_id = console.submit(job)
         assert console.finished(job_id)["status"] == "FINISHED:COMPLETED"
-        start, first, *_ = records(console.download(job_id) / "workspace")
+        start, first, *_ = events(console.download(job_id) / "workspace")
     versions = {site: figures["fedimaging"]["version"] for site, figures in first["sites"].items()}
     return {SERVER: start["versions"]["fedimaging"], **versions}
 
