@@ -23,6 +23,16 @@ from provisioning.project import PROJECT_FILE, ProjectFile
 PASSPHRASE = "correct horse battery staple"
 PATIENCE = 150
 """seconds that a process of FLARE's has to do what is waited for"""
+FOURTH = """  - name: hospital-d
+    type: client
+    org: hospital_d
+  - name: admin@hospital-d.example.org
+    type: admin
+    org: hospital_d
+    role: org_admin
+"""
+"""one more hospital, as entries of a project.yml"""
+_PEOPLE = "  # The people."
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,6 +45,11 @@ def cheap_scrypt():
 
 def project_text() -> str:
     return PROJECT_FILE.read_text().replace("fl.example.org", "localhost")
+
+
+def with_participants(project: str, entries: str) -> str:
+    """The text of a project.yml with more participants."""
+    return project.replace(_PEOPLE, f"{entries}\n{_PEOPLE}")
 
 
 def make_federation(folder: Path, text: str) -> SimpleNamespace:

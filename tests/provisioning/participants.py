@@ -16,7 +16,14 @@ from provisioning.federation import build
 from provisioning.handover import hand_over
 from provisioning.project import ProjectFile
 from tests.console import AdminConsole
-from tests.provisioning.conftest import PASSPHRASE, PATIENCE, make_federation, project_text, wait_for
+from tests.provisioning.conftest import (
+    PASSPHRASE,
+    PATIENCE,
+    make_federation,
+    project_text,
+    wait_for,
+    with_participants,
+)
 
 SERVER, PROJECT_ADMIN, LEAD, MEMBER = "localhost", "project-admin@example.org", "lead@example.org", "member@example.org"
 
@@ -25,7 +32,6 @@ _MEMBER = f"""  - name: {MEMBER}
     org: consortium
     role: member
 """
-_PEOPLE = "  # The people."
 
 
 class Participant:
@@ -139,11 +145,6 @@ class RunningFederation:
         for process in left:
             process.kill()
         psutil.wait_procs(left, timeout=30)
-
-
-def with_participants(project: str, entries: str) -> str:
-    """The text of a project.yml with more participants."""
-    return project.replace(_PEOPLE, f"{entries}\n{_PEOPLE}")
 
 
 def processes_below(folder: Path) -> list[psutil.Process]:

@@ -22,16 +22,15 @@ from provisioning.cli import main
 from provisioning.federation import Federation, build
 from provisioning.kit import KitError, verify
 from provisioning.project import ProjectFile
-from tests.provisioning.conftest import PASSPHRASE, make_federation, pins, project_text, tree
-
-FOURTH = """  - name: hospital-d
-    type: client
-    org: hospital_d
-  - name: admin@hospital-d.example.org
-    type: admin
-    org: hospital_d
-    role: org_admin
-"""
+from tests.provisioning.conftest import (
+    FOURTH,
+    PASSPHRASE,
+    make_federation,
+    pins,
+    project_text,
+    tree,
+    with_participants,
+)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +145,7 @@ def test_building_again_changes_nothing_and_a_fourth_hospital_touches_no_one(tmp
 
     assert build(ProjectFile(made.path), Federation(made.folder), forbidden) == []
     assert tree(made.folder) == before
-    made.path.write_text(made.path.read_text().replace("  # The people.", FOURTH + "\n  # The people."))
+    made.path.write_text(with_participants(made.path.read_text(), FOURTH))
     federation = Federation(made.folder)
     assert build(ProjectFile(made.path), federation, lambda: PASSPHRASE) == [
         "hospital-d",
@@ -183,7 +182,7 @@ def test_private_keys_are_on_disk_in_the_kits_only_and_all_else_is_encrypted(mad
 def test_a_wrong_passphrase_builds_nothing(tmp_path):
     made = make_federation(tmp_path, project_text())
     before = tree(made.folder)
-    made.path.write_text(made.path.read_text().replace("  # The people.", FOURTH + "\n  # The people."))
+    made.path.write_text(with_participants(made.path.read_text(), FOURTH))
     with pytest.raises(KitError, match="wrong passphrase"):
         build(ProjectFile(made.path), Federation(made.folder), lambda: "another passphrase")
     assert tree(made.folder) == before
@@ -192,7 +191,7 @@ def test_a_wrong_passphrase_builds_nothing(tmp_path):
 def test_lost_keys_are_not_silently_made_anew(tmp_path):
     made = make_federation(tmp_path, project_text())
     (made.folder / "keys.sealed").unlink()
-    made.path.write_text(made.path.read_text().replace("  # The people.", FOURTH + "\n  # The people."))
+    made.path.write_text(with_participants(made.path.read_text(), FOURTH))
     with pytest.raises(FedImagingError, match=r"keys\.sealed is missing"):
         build(ProjectFile(made.path), Federation(made.folder), lambda: PASSPHRASE)
 
