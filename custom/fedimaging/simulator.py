@@ -280,7 +280,7 @@ def _follow(process: subprocess.Popen[bytes], workspace: Path, rounds: int, outc
 
 
 def show_event(event: dict[str, Any], outcome: Outcome) -> None:
-    """Shows an event of the server: a line per round, a star on the best model so far."""
+    """Shows an event of the server: a line per round, a star on the best model so far, why a job ended early."""
     if event["event"] == "start":
         outcome.key_metric = event["key_metric"]
         names = [f"{site} (left out)" if site == event.get("leave_out") else site for site in outcome.sites]
@@ -299,6 +299,8 @@ def show_event(event: dict[str, Any], outcome: Outcome) -> None:
         )
     elif event["event"] == "final":
         console.print(f"{'last':>5}  {_metric(event):>18}", highlight=False)
+    elif event["event"] == "failed":
+        console.print(f"{event['round']:>5}  the job ends: {event['reason']}", highlight=False, markup=False)
     elif event["event"] == "end":
         outcome.end = event
 

@@ -11,7 +11,7 @@ from fedimaging.datasets.synthetic import synthesize
 from fedimaging.errors import FedImagingError
 from fedimaging.governance.ledger import PASSED, read_records, verify
 from fedimaging.report import write_report
-from fedimaging.simulator import simulate
+from fedimaging.simulator import Outcome, show_event, simulate
 from tests.conftest import REPOSITORY, SITES
 
 JOB = REPOSITORY / "jobs" / "chest_xray_leave_one_out"
@@ -104,6 +104,16 @@ def test_finished_jobs_make_a_table_with_the_hospital_judged_by_the_model_that_n
     assert shown[LEFT_OUT]["value"] == results[LEFT_OUT]["SRV_best"]["auroc"] is not None
     assert shown[LEFT_OUT]["ci"] == results[LEFT_OUT]["SRV_best"]["auroc_ci"]
     assert table["cautions"] == []
+
+
+def test_what_is_shown_of_a_job_tells_who_is_left_out_and_why_it_ended(capsys):
+    outcome = Outcome(SITES)
+    show_event({"event": "start", "key_metric": "auroc", "leave_out": LEFT_OUT}, outcome)
+    show_event({"event": "failed", "round": 0, "reason": "leave_out: no site hospital-z takes part"}, outcome)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "training loss: hospital-a, hospital-b, hospital-c (left out)" in said
+    assert said.endswith("0 the job ends: leave_out: no site hospital-z takes part")
+    assert outcome.end is None
 
 
 @pytest.mark.parametrize(
