@@ -18,7 +18,7 @@ from poc.federation import Poc, free_port
 from tests.conftest import REPOSITORY
 from tests.rounds import assert_same_course, evaluated, events, rounds
 
-pytestmark = [pytest.mark.slow, pytest.mark.federation, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 SITES = ["hospital-a", "hospital-b"]
 JOBS = sorted(path.parent for path in (REPOSITORY / "jobs").glob("*/meta.json"))
