@@ -84,6 +84,19 @@ def test_every_row_has_the_same_budget_and_its_own_key(comparison):
     assert replace(runs[0], data={"hospital-a": "changed"}).key != runs[0].key
 
 
+def test_a_strategy_without_a_job_folder_is_a_row(hospitals):
+    strategies = [{"name": "fedprox", "mu": 0.1}, {"name": "fedbn"}]
+    comparison = Comparison([FEDAVG], hospitals, [0], SMALL, strategies=strategies)
+    rows = {run.row: run for run in comparison.runs if run.kind == "federated"}
+    assert list(rows) == ["chest_xray_fedavg", "chest_xray_fedavg+fedprox,mu=0.1", "chest_xray_fedavg+fedbn"]
+    used = [run.settings["training"]["strategy"] for run in rows.values()]
+    assert used == [{"name": "fedavg"}, *strategies]
+    assert len({run.steps for run in comparison.runs}) == 1
+    assert {run.settings["training"]["strategy"]["name"] for run in comparison.runs if run.kind != "federated"} == {
+        "fedavg"
+    }
+
+
 def test_a_result_of_other_code_is_not_taken_for_this_one_s(comparison, tmp_path, monkeypatch):
     result = made_up(comparison, typical)[0]
     result.write(tmp_path)
@@ -271,6 +284,9 @@ def test_the_page_escapes_and_needs_no_network(comparison):
     [
         (["--set", "rounds=0"], "workflow.num_rounds"),
         (["--seeds", "1,1"], "--seeds"),
+        (["--strategy", "fedbest"], "unknown name; choose one of"),
+        (["--strategy", '{"name": '], "not JSON"),
+        (["--strategy", "fedbn", "--strategy", "fedbn"], "give each once"),
         (["--data", "nowhere"], "nowhere"),
     ],
 )
@@ -284,7 +300,7 @@ def test_a_mistake_is_told_in_one_line_before_anything_is_trained(hospitals, tmp
 
 
 def test_a_job_given_twice_is_refused(hospitals):
-    with pytest.raises(FedImagingError, match="give each job once"):
+    with pytest.raises(FedImagingError, match="give each once"):
         Comparison([FEDAVG, FEDAVG], hospitals, [0], {})
 
 

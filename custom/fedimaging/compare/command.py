@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -26,6 +27,9 @@ _EXAMPLES = """examples:
   three seeds, settings changed for all rows:
     python -m fedimaging compare jobs/chest_xray_fedavg --data data/real --seeds 0,1,2 --set rounds=24 \\
       --set task.classes=normal,pneumonia --set task.image_size=112
+  strategies for which there is no job folder:
+    python -m fedimaging compare jobs/hippocampus_fedavg --data data/hippocampus --strategy fedbn \
+      --strategy '{"name": "fedprox", "mu": 0.1}'
   what FedAvg does at a hospital that it never saw:
     python -m fedimaging compare jobs/chest_xray_fedavg --data data/demo --leave-one-out
   jobs that ran at hospitals or in POC, where nobody holds all data; the folders that were downloaded:
@@ -66,6 +70,10 @@ def add_commands(subparsers: Any) -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
         help="change a setting of all rows, as `simulate --set` does",
     )  # fmt: skip
+    parser.add_argument(
+        "--strategy", action="append", default=[], metavar="NAME", dest="strategies",
+        help="also run the first job with another training.strategy, a name or JSON; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--no-pooled", action="store_true", help="leave out the pooled model")
     parser.add_argument(
         "--leave-one-out", action="store_true",
@@ -76,11 +84,11 @@ def add_commands(subparsers: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.results:
-        trained = ("jobs", "data", "changes", "no_pooled", "leave_one_out")
+        trained = ("jobs", "data", "changes", "strategies", "no_pooled", "leave_one_out")
         if any(getattr(arguments, name) for name in trained) or arguments.seeds != "0":
             raise FedImagingError(
                 "compare --results: finished jobs are compared as they are; leave out JOB, --data, --seeds, --set, "
-                "--no-pooled and --leave-one-out"
+                "--strategy, --no-pooled and --leave-one-out"
             )
         return _compare_results(arguments)
     if not arguments.jobs or not arguments.data:
@@ -123,6 +131,7 @@ def _train_and_compare(arguments: argparse.Namespace) -> int:
         parse_changes(arguments.changes),
         pooled=not arguments.no_pooled,
         leave_one_out=arguments.leave_one_out,
+        strategies=[_strategy(text) for text in arguments.strategies],
     )
     out = arguments.out or Path("runs") / f"compare_{comparison.settings.dataset}"
     results = []
@@ -259,6 +268,16 @@ def _cell(figure: dict[str, Any] | None) -> str:
     low, high = figure["ci"] or (float("nan"), float("nan"))
     spread = f" ± {figure['sd']:.3f}" if figure["sd"] is not None else ""
     return f"{figure['value']:.3f}{spread}\n{low:.3f}–{high:.3f}"
+
+
+def _strategy(text: str) -> dict[str, Any]:
+    if not text.lstrip().startswith("{"):
+        return {"name": text}
+    try:
+        strategy: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FedImagingError(f"--strategy {text}: not JSON: {error.msg}") from None
+    return strategy
 
 
 def _seeds(text: str) -> list[int]:

@@ -101,6 +101,11 @@ def without(site: str) -> str:
     return f"without_{site}"
 
 
+def _title(strategy: Mapping[str, Any]) -> str:
+    """A strategy's name with its settings, as in ``fedprox,mu=0.1``."""
+    return ",".join([str(strategy.get("name")), *(f"{key}={strategy[key]}" for key in strategy if key != "name")])
+
+
 class Comparison:
     """The runs that a comparison needs, planned from job folders and a data root; nothing is trained yet.
 
@@ -111,6 +116,7 @@ class Comparison:
         changes: settings changed for all runs, as ``simulate --set`` does.
         pooled: whether the sites' cases may be put together.
         leave_one_out: whether the first job runs once more for each site, without it.
+        strategies: settings of strategies with each of which the first job runs once more.
 
     Raises:
         FedImagingError: the jobs differ in what must be equal, or a site's dataset cannot serve them.
@@ -125,14 +131,22 @@ class Comparison:
         *,
         pooled: bool = True,
         leave_one_out: bool = False,
+        strategies: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.data, self.changes, self.pooled, self.leave_one_out = data, dict(changes), pooled, leave_one_out
         self.jobs = {job.name: job for job in map(JobFolder, jobs)}
-        if len(self.jobs) < len(jobs):
-            raise FedImagingError("compare: two job folders have the same name; give each job once")
+        self.changes_of = dict.fromkeys(self.jobs, self.changes)
+        for strategy in strategies:
+            job = JobFolder(jobs[0])
+            name = f"{job.name}+{_title(strategy)}"
+            self.jobs[name], self.changes_of[name] = job, {**changes, "training.strategy": dict(strategy)}
+        if len(self.jobs) < len(jobs) + len(strategies):
+            raise FedImagingError(
+                "compare: two job folders have the same name, or a strategy is given twice; give each once"
+            )
         settings: dict[str, JobSettings] = {}
         for name, job in self.jobs.items():
-            job.override(self.changes)
+            job.override(self.changes_of[name])
             settings[name] = job.settings()
             if job.leave_out:
                 raise FedImagingError(
@@ -284,9 +298,10 @@ class Runner:
     def _federated(self, run: Run) -> Result:
         comparison = self._comparison
         workspace = self._folder / f"{run.row}-seed{run.seed}"
-        changes = comparison.changes | {"seed": run.seed, "leave_out": run.leave_out}
-        job = next(iter(comparison.jobs.values())) if run.leave_out else comparison.jobs[run.row]
-        outcome = simulate(job.path, comparison.data, workspace, changes=changes, sites=comparison.sites)
+        name = next(iter(comparison.jobs)) if run.leave_out else run.row
+        changes = comparison.changes_of[name] | {"seed": run.seed, "leave_out": run.leave_out}
+        path = comparison.jobs[name].path
+        outcome = simulate(path, comparison.data, workspace, changes=changes, sites=comparison.sites)
         if outcome.errors:
             raise FedImagingError(f"{run.title}: {'; '.join(outcome.errors)}", Reason.INTERNAL)
         cases = {}
