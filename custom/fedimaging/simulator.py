@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedimaging.commands import print_error
+from fedimaging.commands import add_command, print_error
 from fedimaging.datasets.manifest import SPLITS
 from fedimaging.datasets.site import DATA_ROOT_VARIABLE, MANIFEST_FILE, SITE_FILE, Dataset, resolve
 from fedimaging.errors import FedImagingError, Reason
@@ -345,25 +345,24 @@ def _judge(outcome: Outcome, workspace: Path, rounds: int, min_clients: int, tra
 
 def add_commands(subparsers: Any) -> None:
     """Registers ``workspace`` and ``simulate``."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "workspace",
-        help="make a workspace for the plain `nvflare simulator`",
-        description="Make a workspace that carries the sites' allow-list and dataset file, for `nvflare simulator`.",
-        epilog="example:\n  python -m fedimaging workspace runs/sim --data data/demo",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "make a workspace for the plain `nvflare simulator`",
+        "python -m fedimaging workspace runs/sim --data data/demo",
+        "Make a workspace that carries the sites' allow-list and dataset file, for `nvflare simulator`.",
     )
     parser.add_argument("workspace", type=Path, help="folder to make; a run deletes everything in it but local/")
     _add_data_option(parser)
     parser.set_defaults(run=_run_workspace)
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "simulate",
-        help="run a job over the sites of a data root, on this machine, and write its report",
-        description="Run a job folder in FLARE's simulator: one process a site, each with its own data.",
-        epilog="examples:\n"
-        "  python -m fedimaging simulate jobs/chest_xray_fedavg --data data/demo\n"
-        "  python -m fedimaging simulate jobs/chest_xray_fedavg --data data/real \\\n"
-        "      --set rounds=14 --set task.classes=normal,pneumonia --set task.image_size=112",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "run a job over the sites of a data root, on this machine, and write its report",
+        "python -m fedimaging simulate jobs/chest_xray_fedavg --data data/demo\n"
+        "python -m fedimaging simulate jobs/chest_xray_fedavg --data data/real \\\n"
+        "    --set rounds=14 --set task.classes=normal,pneumonia --set task.image_size=112",
+        "Run a job folder in FLARE's simulator: one process a site, each with its own data.",
     )
     parser.add_argument("job", type=Path, help="job folder, for example jobs/chest_xray_fedavg")
     _add_data_option(parser)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedimaging.commands import add_command
 from fedimaging.errors import FedImagingError
 
 if TYPE_CHECKING:
@@ -21,36 +22,36 @@ if TYPE_CHECKING:
 
 console = Console(stderr=True)
 
-_EXAMPLES = """examples:
-  FedAvg and FedBN against pooling and training alone, on synthetic hospitals:
-    python -m fedimaging compare jobs/chest_xray_fedavg jobs/chest_xray_fedbn --data data/demo
-  three seeds, settings changed for all rows:
-    python -m fedimaging compare jobs/chest_xray_fedavg --data data/real --seeds 0,1,2 --set rounds=24 \\
-      --set task.classes=normal,pneumonia --set task.image_size=112
-  strategies for which there is no job folder:
-    python -m fedimaging compare jobs/hippocampus_fedavg --data data/hippocampus --strategy fedbn \
-      --strategy '{"name": "fedprox", "mu": 0.1}'
-  what FedAvg does at a hospital that it never saw:
-    python -m fedimaging compare jobs/chest_xray_fedavg --data data/demo --leave-one-out
-  jobs that ran at hospitals or in POC, where nobody holds all data; the folders that were downloaded:
-    python -m fedimaging compare --results results/ALONE_ID results/FEDAVG_ID results/LEAVE_ONE_OUT_ID
+_EXAMPLES = """\
+FedAvg and FedBN against pooling and training alone, on synthetic hospitals:
+  python -m fedimaging compare jobs/chest_xray_fedavg jobs/chest_xray_fedbn --data data/demo
+three seeds, settings changed for all rows:
+  python -m fedimaging compare jobs/chest_xray_fedavg --data data/real --seeds 0,1,2 --set rounds=24 \\
+    --set task.classes=normal,pneumonia --set task.image_size=112
+strategies for which there is no job folder:
+  python -m fedimaging compare jobs/hippocampus_fedavg --data data/hippocampus --strategy fedbn \\
+    --strategy '{"name": "fedprox", "mu": 0.1}'
+what FedAvg does at a hospital that it never saw:
+  python -m fedimaging compare jobs/chest_xray_fedavg --data data/demo --leave-one-out
+jobs that ran at hospitals or in POC, where nobody holds all data; the folders that were downloaded:
+  python -m fedimaging compare --results results/ALONE_ID results/FEDAVG_ID results/LEAVE_ONE_OUT_ID
 """
 
 
 def add_commands(subparsers: Any) -> None:
     """Registers `compare`."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "compare",
-        help="is federating as good as pooling, and better than training alone?",
-        description="Trains each hospital's own model, a pooled model and the federated ones that are asked for, with\n"
+        "is federating as good as pooling, and better than training alone?",
+        _EXAMPLES,
+        "Trains each hospital's own model, a pooled model and the federated ones that are asked for, with\n"
         "the same network, optimizer steps, schedule, augmentation and seeds, and judges all of them on every\n"
         "hospital's test split. Each model is picked on validation cases. Federated rows run the job folders in\n"
         "FLARE's simulator. A run that is done is a file, so an interrupted comparison goes on where it was.\n\n"
         "With --results nothing is trained: the table is made of what the sites of finished jobs reported, with the\n"
         "intervals that each site bootstrapped. It has no pooled row and no p-values, for neither images nor results\n"
         "of single cases left the sites.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "jobs", nargs="*", type=Path, help="job folders; the first one's settings are the baselines' too"

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fedimaging.commands import add_command
+
 
 def write_report(workspace: Path, out: Path | None = None, site: str | None = None) -> tuple[Path, Path]:
     """Writes the report of a simulator workspace or a downloaded job.
@@ -30,14 +32,12 @@ def write_report(workspace: Path, out: Path | None = None, site: str | None = No
 
 def add_commands(subparsers: Any) -> None:
     """Registers `report`."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "report",
-        help="write the report of a job as HTML and JSON",
-        description="Writes the report of a simulation or a downloaded job as one HTML file, and as JSON beside it.",
-        epilog="examples:\n"
-        "  python -m fedimaging report runs/demo\n"
-        "  python -m fedimaging report runs/demo --site hospital-a",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "write the report of a job as HTML and JSON",
+        "python -m fedimaging report runs/demo\npython -m fedimaging report runs/demo --site hospital-a",
+        "Writes the report of a simulation or a downloaded job as one HTML file, and as JSON beside it.",
     )
     parser.add_argument("workspace", type=Path, help="the folder that `simulate` or the console's `download_job` wrote")
     parser.add_argument(

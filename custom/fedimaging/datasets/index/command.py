@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedimaging.commands import add_command
 from fedimaging.datasets.index.build import TASKS, build_index
 from fedimaging.datasets.index.model import LABELS_FILE, IndexResult, Options
 from fedimaging.datasets.index.sites import build_sites
@@ -18,26 +19,26 @@ from fedimaging.datasets.manifest import FRACTIONS, SPLITS
 from fedimaging.datasets.site import MANIFEST_FILE
 from fedimaging.errors import FedImagingError
 
-_EXAMPLES = """examples:
-  a CSV of files and labels (columns file, label, patient_id):
-    python -m fedimaging data index /srv/xray --labels /srv/xray/labels.csv
-  DICOM files, labels by accession number:
-    python -m fedimaging data index /srv/dicom --labels findings.csv --match AccessionNumber --image-column accession
-  a folder per class, the patient being what precedes the first underscore of a file's name:
-    python -m fedimaging data index /srv/classes --patient-regex '([^/_]+)_[^/]*$'
-  volumes with masks in the layout of the Medical Segmentation Decathlon (dataset.json):
-    python -m fedimaging data index /srv/hippocampus
-  NIfTI images case_0000.nii.gz with masks case.nii.gz, or DICOM series in a folder per case with NIfTI masks:
-    python -m fedimaging data index /srv/liver --image-suffix _0000.nii.gz --label-suffix .nii.gz --classes liver
-    python -m fedimaging data index /srv/ct --masks /srv/ct/masks --classes liver,tumour --allow-empty
-  one source as three sites of a simulation:
-    python -m fedimaging data index /srv/hippocampus --split-sites hospital-a=80,hospital-b=50,hospital-c=30 \\
-      --out data/real
-  photographs as eight sites that differ in their classes:
-    python -m fedimaging data index /srv/photos --out data/skewed --concentration 0.1 \\
-      --split-sites a=200,b=200,c=200,d=200,e=200,f=200,g=200,h=200
-  images that lie on a read-only disk:
-    python -m fedimaging data index /mnt/xray --copy --out data/real/hospital-a/chest_xray/manifest.json
+_EXAMPLES = """\
+a CSV of files and labels (columns file, label, patient_id):
+  python -m fedimaging data index /srv/xray --labels /srv/xray/labels.csv
+DICOM files, labels by accession number:
+  python -m fedimaging data index /srv/dicom --labels findings.csv --match AccessionNumber --image-column accession
+a folder per class, the patient being what precedes the first underscore of a file's name:
+  python -m fedimaging data index /srv/classes --patient-regex '([^/_]+)_[^/]*$'
+volumes with masks in the layout of the Medical Segmentation Decathlon (dataset.json):
+  python -m fedimaging data index /srv/hippocampus
+NIfTI images case_0000.nii.gz with masks case.nii.gz, or DICOM series in a folder per case with NIfTI masks:
+  python -m fedimaging data index /srv/liver --image-suffix _0000.nii.gz --label-suffix .nii.gz --classes liver
+  python -m fedimaging data index /srv/ct --masks /srv/ct/masks --classes liver,tumour --allow-empty
+one source as three sites of a simulation:
+  python -m fedimaging data index /srv/hippocampus --split-sites hospital-a=80,hospital-b=50,hospital-c=30 \\
+    --out data/real
+photographs as eight sites that differ in their classes:
+  python -m fedimaging data index /srv/photos --out data/skewed --concentration 0.1 \\
+    --split-sites a=200,b=200,c=200,d=200,e=200,f=200,g=200,h=200
+images that lie on a read-only disk:
+  python -m fedimaging data index /mnt/xray --copy --out data/real/hospital-a/chest_xray/manifest.json
 """
 
 
@@ -75,13 +76,13 @@ def _show_notes(result: IndexResult, console: Console) -> None:
 
 def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `index` to the `data` commands."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "index",
-        help="make a manifest from the images that are here",
-        description="Makes a manifest from a folder of images with labels from a CSV or from a folder per class,\n"
+        "make a manifest from the images that are here",
+        _EXAMPLES,
+        "Makes a manifest from a folder of images with labels from a CSV or from a folder per class,\n"
         "or from a folder of volumes with masks.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add(

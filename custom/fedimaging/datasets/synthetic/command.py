@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from fedimaging.commands import add_command
 from fedimaging.datasets.manifest import SPLITS, Manifest
 from fedimaging.datasets.synthetic.brains import plan_brains, typical_brain_hospitals
 from fedimaging.datasets.synthetic.hospitals import MOST_SITES, Item, Named, Plan, Request, typical_hospitals
@@ -320,17 +321,17 @@ def _swap(root: Path, dataset: str, scratch: Path, targets: Mapping[str, Path]) 
 
 def add_commands(subparsers: Any) -> None:
     """Register `synth` in the group `data`."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "synth",
-        help="make synthetic hospitals",
-        description="Make synthetic hospitals, with a manifest for each: DICOM files of chest phantoms for\n"
+        "make synthetic hospitals",
+        "python -m fedimaging data synth --out data/demo --sites 3 --cases 480,400,320\n"
+        "python -m fedimaging data synth --out data/demo --task segmentation\n"
+        "python -m fedimaging data synth --out data/skewed --task photographs --sites 8 --concentration 0.1",
+        "Make synthetic hospitals, with a manifest for each: DICOM files of chest phantoms for\n"
         "classification, NIfTI files of brain phantoms with lesions for segmentation, and JPEG photographs\n"
         "of coloured figures of ten classes for classification in colour.\n"
         "They are for trying things out, and say nothing about real patients.",
-        epilog="examples:\n  python -m fedimaging data synth --out data/demo --sites 3 --cases 480,400,320\n"
-        "  python -m fedimaging data synth --out data/demo --task segmentation\n"
-        "  python -m fedimaging data synth --out data/skewed --task photographs --sites 8 --concentration 0.1",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="the data root: <out>/<site>/<dataset>/manifest.json")
     parser.add_argument("--task", default="classification", help=f"{', '.join(TASKS)} (default: %(default)s)")
