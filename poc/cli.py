@@ -168,7 +168,7 @@ def _result(arguments: argparse.Namespace, poc: Poc) -> int:
         show_event(event, outcome)
     html, _ = write_report(rounds.parent, folder / "report.html")
     _say(f"{status}: {len(outcome.rounds)} rounds; report: {html}")
-    if outcome.end is None:
+    if outcome.end is None and outcome.rounds:
         _say(f"it was interrupted; continue it with: python -m poc submit JOB --resume {job_id}")
     return 0 if outcome.end is not None and status == "FINISHED:COMPLETED" else 1
 
