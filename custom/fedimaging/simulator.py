@@ -129,6 +129,11 @@ def simulate(
             f"{data}: {len(trained)} sites to train at, and the job needs {job.min_clients}; add sites or --set "
             "min_clients=1"
         )
+    if start_from is not None and job.leave_out:
+        raise FedImagingError(
+            f"--start-from: nobody can tell whether {job.leave_out}, which leave_out names, had a part in that model; "
+            "drop one of the two"
+        )
     if start_from is not None and not start_from.is_file():
         raise FedImagingError(f"{start_from}: no such model file; name an FL_global_model.pt of an earlier run")
     make_workspace(workspace, data, {job.name: start_from} if start_from else None)

@@ -129,3 +129,10 @@ def test_a_simulation_that_cannot_be_is_refused_before_it_starts(hospitals, tmp_
     with pytest.raises(FedImagingError, match=told):
         simulate(JOB, hospitals, tmp_path / "run", changes=changes, sites=sites)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_simulation_that_leaves_out_a_site_starts_from_no_model(hospitals, tmp_path):
+    (tmp_path / "model.pt").touch()
+    with pytest.raises(FedImagingError, match="--start-from: nobody can tell whether hospital-c"):
+        simulate(JOB, hospitals, tmp_path / "run", start_from=tmp_path / "model.pt")
+    assert not (tmp_path / "run").exists()

@@ -223,6 +223,19 @@ def test_a_job_ends_at_once_if_the_site_to_leave_out_is_not_there(without_c, per
     assert (begun["event"], begun["leave_out"]) == ("start", "hospital-z")
     assert (failed["event"], failed["round"]) == ("failed", 0)
     assert failed["reason"] == "leave_out: no site hospital-z takes part in this job"
+    assert failed["missing"] == [], "nobody was asked yet"
+
+
+def test_a_job_that_leaves_out_a_site_does_not_start_from_a_model(without_c, persistor, monkeypatch, tmp_path):
+    without_c.persistor, persistor.model, persistor.start_from = persistor, torch.nn.Linear(2, 2), "spring.pt"
+    start = FLModel(params={"w": np.zeros(2, np.float32)})
+    monkeypatch.setattr("nvflare.app_common.workflows.fedavg.FedAvg.load_model", lambda self: start)
+    with pytest.raises(RuntimeError, match="nobody can tell whether c had a part in it"):
+        without_c.load_model()
+    begun, failed = map(json.loads, (tmp_path / "rounds.jsonl").read_text().splitlines())
+    assert (begun["start_from"], failed["event"]) == ("spring.pt", "failed")
+    persistor.start_from = None
+    assert without_c.load_model() is start
 
 
 @pytest.mark.parametrize("left_out", [{}, {"leave_out": "b"}], ids=["nobody", "another"])

@@ -197,8 +197,8 @@ class FederatedAveraging(FlareFedAvg):
                 self._last = model
             self._model_bytes = sum(value.nbytes for value in model.params.values())
             self._record_start()
-            if self.leave_out and self.leave_out not in self._names():
-                self._give_up(f"leave_out: no site {self.leave_out} takes part in this job")
+            if self.leave_out:
+                self._check_leave_out()
         return model
 
     def sample_clients(self, num_clients: int | None = None) -> list[str]:
@@ -353,6 +353,16 @@ class FederatedAveraging(FlareFedAvg):
             self._record.add(**record)
         self._selection.best_index, self._selection.best_value = earlier.best
 
+    def _check_leave_out(self) -> None:
+        """Ends the job where its model could not be said to have never seen the site left out."""
+        if self.leave_out not in {client.name for client in self.engine.get_clients()}:
+            self._give_up(f"leave_out: no site {self.leave_out} takes part in this job")
+        if self.persistor.start_from:
+            self._give_up(
+                f"leave_out: the job starts from a model, and nobody can tell whether {self.leave_out} had a part in "
+                "it; take the job out of the server's start_models.yml"
+            )
+
     def _meet_returned_sites(self) -> None:
         """Learns from the server's main process which of the job's sites came back under a new registration."""
         if time.monotonic() - self._synced_at >= _SYNC_SECONDS:
@@ -371,13 +381,9 @@ class FederatedAveraging(FlareFedAvg):
         self._record.add("failed", round=number, reason=why, **self._participants())
         raise RuntimeError(f"round {number}: {why}")
 
-    def _names(self) -> set[str]:
-        """The job's sites, the one left out of training too."""
-        return {client.name for client in self.engine.get_clients()}
-
     def _participants(self) -> dict[str, Any]:
-        """Who contributed to the round, who refused, and from whom nothing came."""
-        names = self._names() - {self.leave_out} | set(self._asked)
+        """Who contributed to the round, who refused, and from whom nothing came; nobody before the first round."""
+        names = self._members | set(self._asked)
         return {
             "sites": self._sites,
             "refused": self._refused,
