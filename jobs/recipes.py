@@ -104,11 +104,13 @@ def federated(
     """A strategy over all sites (FedAvg where none is named), then the best and the last model on every test split.
 
     Args:
+        min_clients: sites that must contribute to a round.
         site_models: evaluate each site's own model at every site too.
         leave_out: a site that the models are evaluated at and not trained at.
     """
     strategy = settings["training"].get("strategy", DEFAULT_STRATEGY)
-    job = FedJob(name=name, min_clients=min_clients)
+    # FLARE starts a job at so many sites, and the one that is left out must be among them.
+    job = FedJob(name=name, min_clients=min_clients + bool(leave_out))
     job.job.set_app_packages(["fedimaging"])
     job.to_server(
         FederatedAveraging(

@@ -78,8 +78,16 @@ BROKEN = {
     ),
     "tasks that nobody answers": (edit(CLIENT, lambda c: c["executors"][0].update(tasks=["train"])), "task validate"),
     "min_clients only in the workflow": (workflow(min_clients=3), "min_clients differs"),
+    "site left out and not counted": (
+        workflow(leave_out="c"),
+        "the workflow's, 2 and one more, for c, which leave_out names; write 3",
+    ),
     "one site is enough": (both(min_clients=1), "one site's model as it is"),
-    "every site is needed": (pinned(["a", "b"]), "one absence ends it"),
+    "every site is needed": (pinned(["a", "b"]), "one absence ends it; deploy it to more sites"),
+    "every site of three is needed": (
+        lambda f: [both(min_clients=3)(f), pinned(["a", "b", "c"])(f)],
+        "one absence ends it; lower min_clients",
+    ),
     "more sites needed than there are": (pinned(["a"]), "FLARE: min 2 clients required"),
     "required site only in the workflow": (workflow(required_sites=["a"]), "mandatory_clients differs"),
     "required site without the job": (
@@ -94,8 +102,8 @@ BROKEN = {
         "names 3 already",
     ),
     "one site to train at is absent": (
-        lambda f: [workflow(leave_out="c")(f), pinned(["a", "b", "c"])(f)],
-        "trains at 2 sites and needs 2",
+        lambda f: [workflow(leave_out="c")(f), pinned(["a", "b", "c"], min_clients=3)(f)],
+        "trains at 2 sites and needs 2 in every round: one absence ends it; deploy it to more sites",
     ),
     "site left out without the job": (
         lambda f: [workflow(leave_out="z")(f), pinned(["a", "b", "c"])(f)],

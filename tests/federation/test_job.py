@@ -41,6 +41,21 @@ def test_changes_reach_server_and_sites_and_leave_the_folder_as_it_is(folder, tm
 
 
 @pytest.mark.parametrize(
+    ("changes", "sites"),
+    [
+        (["leave_out=hospital-c"], 3),
+        (["leave_out=hospital-c", "min_clients=3"], 4),
+        (["leave_out="], 2),
+        (["min_clients=1"], 1),
+    ],
+)
+def test_flare_is_told_how_many_sites_the_job_needs_with_the_one_left_out(folder, changes, sites):
+    job = JobFolder(folder)
+    job.override(parse_changes(changes))
+    assert job.meta["min_clients"] == job.sites_needed == sites
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ("epochs=3", "no such setting"),
@@ -48,6 +63,8 @@ def test_changes_reach_server_and_sites_and_leave_the_folder_as_it_is(folder, tm
         ("training.epochs=many", "training.epochs"),
         ("rounds=0", "num_rounds"),
         ("rounds=three", "num_rounds"),
+        ("min_clients=two", "min_clients"),
+        ("required_sites=hospital-a", "required_sites"),
         ("network.name=VGG", "network.name"),
         ("training.epochs.deep=1", "training"),
         ("rounds", "NAME=VALUE"),

@@ -39,7 +39,7 @@ def test_a_job_is_configuration_only_and_valid(folder):
     job = JobFolder(folder)
     settings = job.settings()
     assert settings.dataset and job.rounds >= 1
-    assert job.meta["min_clients"] == job.min_clients
+    assert job.meta["min_clients"] == job.min_clients + bool(job.leave_out)
     assert job.name == folder.name
 
 

@@ -94,8 +94,9 @@ def _metric(job: JobFolder, settings: JobSettings) -> Iterator[str]:
 
 def _quorum(job: JobFolder) -> Iterator[str]:
     where, needed, required = job.path / META_FILE, job.workflow.min_clients, job.workflow.required_sites
-    if job.meta.get(JobMetaKey.MIN_CLIENTS.value) != needed:
-        yield f"{where}: min_clients differs from the workflow's, {needed}; make them equal"
+    if job.meta.get(JobMetaKey.MIN_CLIENTS.value) != job.sites_needed:
+        counted = f" and one more, for {job.leave_out}, which leave_out names" if job.leave_out else ""
+        yield f"{where}: min_clients differs from the workflow's, {needed}{counted}; write {job.sites_needed}"
     if sorted(job.meta.get(JobMetaKey.MANDATORY_CLIENTS.value) or []) != sorted(required):
         yield f"{where}: mandatory_clients differs from the workflow's required_sites; make them equal"
     if needed < 2:
@@ -113,9 +114,10 @@ def _quorum(job: JobFolder) -> Iterator[str]:
             yield f"{where}: the job is not deployed to {job.leave_out}, which leave_out names"
         trained = sites - {job.leave_out}
         if len(trained) <= needed:
+            remedy = "lower min_clients" if len(trained) > 2 else "deploy it to more sites"
             yield (
                 f"{where}: the job trains at {len(trained)} sites and needs {needed} in every round: one absence ends "
-                "it; lower min_clients"
+                f"it; {remedy}"
             )
 
 

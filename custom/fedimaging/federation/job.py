@@ -31,8 +31,6 @@ _WORKFLOW_NAMES = {
         for name in ("min_clients", "required_sites", "round_timeout", "straggler_wait", "continues", "leave_out")
     },
 }
-_META_NAMES = {"min_clients": "min_clients", "required_sites": "mandatory_clients"}
-"""what of the workflow FLARE itself wants to know, and how meta.json calls it"""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -72,6 +70,11 @@ class JobFolder:
     @property
     def min_clients(self) -> int:
         return int(self._workflow["min_clients"])
+
+    @property
+    def sites_needed(self) -> int:
+        """Sites without which FLARE need not start the job, meta.json's ``min_clients``: it counts the one left out."""
+        return self.workflow.min_clients + bool(self.leave_out)
 
     @property
     def leave_out(self) -> str:
@@ -123,8 +126,6 @@ class JobFolder:
             first, *rest = name.split(".")
             if first in _WORKFLOW_NAMES and not rest:
                 self._workflow[_WORKFLOW_NAMES[first]] = value
-                if first in _META_NAMES:
-                    self.meta[_META_NAMES[first]] = value
             elif first in self._executor:
                 other = self._persistor if first in _SHARED else self._workflow if first == "fedimaging" else None
                 for owner in (self._executor, other) if other is not None else (self._executor,):
@@ -136,6 +137,10 @@ class JobFolder:
             else:
                 known = ", ".join([*_WORKFLOW_NAMES, *self._executor])
                 raise FedImagingError(f"--set {name}: no such setting; a name starts with one of {known}")
+        if "required_sites" in changes:
+            self.meta["mandatory_clients"] = self.workflow.required_sites
+        if "min_clients" in changes or "leave_out" in changes:
+            self.meta["min_clients"] = self.sites_needed
 
     def write(self, folder: Path) -> None:
         """Writes the job, as it is now in memory, to a folder that is new or empty."""
