@@ -14,9 +14,9 @@ import pytest
 
 from fedimaging.cli import main
 from fedimaging.compare import paired
-from fedimaging.compare.analysis import ALONE, LEFT_OUT, _Analysis, analyse
+from fedimaging.compare.analysis import _Analysis, analyse
 from fedimaging.compare.page import render
-from fedimaging.compare.runs import POOLED, Comparison, Result, Runner, pool
+from fedimaging.compare.runs import ALONE, LEFT_OUT, POOLED, Comparison, Result, Runner, pool
 from fedimaging.datasets.synthetic import synthesize
 from fedimaging.errors import FedImagingError
 from fedimaging.training.loop import Site
@@ -254,6 +254,15 @@ def test_a_run_without_a_hospital_is_one_of_the_job_that_leaves_it_out(leaving_o
 def test_leaving_out_where_it_cannot_be_is_refused(hospitals, jobs, changes, told):
     with pytest.raises(FedImagingError, match=told):
         Comparison(jobs, hospitals, [0], SMALL | changes, leave_one_out=True)
+
+
+@pytest.mark.parametrize("name", [ALONE, POOLED, LEFT_OUT, "hospital-a", "without_hospital-b"])
+def test_a_job_with_the_name_of_another_row_is_refused(hospitals, tmp_path, name):
+    job = shutil.copytree(FEDAVG, tmp_path / "job")
+    meta = json.loads((job / "meta.json").read_text())
+    (job / "meta.json").write_text(json.dumps(meta | {"name": name}))
+    with pytest.raises(FedImagingError, match=f"compare: {name} is a row of its own; give the job another name"):
+        Comparison([job], hospitals, [0], SMALL)
 
 
 def test_cases_that_a_model_could_not_read_are_left_out_for_all(comparison):

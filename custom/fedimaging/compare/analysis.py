@@ -13,16 +13,12 @@ import numpy as np
 
 from fedimaging.compare import paired
 from fedimaging.compare.paired import Estimate
-from fedimaging.compare.runs import POOLED, Comparison, Result, without
+from fedimaging.compare.runs import ALONE, LEFT_OUT, POOLED, Comparison, Result, without
 from fedimaging.datasets.manifest import COVARIATES, SPLITS, Case
 from fedimaging.errors import FedImagingError
 from fedimaging.report.collect import metric_label
 from fedimaging.tasks.statistics import MIN_CELL
 
-ALONE = "alone"
-"""row of the sites' own models, each judged on its own test cases"""
-LEFT_OUT = "leave_one_out"
-"""row of the models that were trained without one site each, judged on that site's test cases"""
 _SEED = 0
 
 Rows = list[dict[str, Any]]

@@ -6,9 +6,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fedimaging.compare.analysis import ALONE, LEFT_OUT
+from fedimaging.compare.runs import ALONE, LEFT_OUT
 from fedimaging.report import figures as charts
 from fedimaging.report.html import EXPLANATIONS, marker_shapes, page_environment
+
+_OWN = {ALONE: "each hospital’s own model"}
 
 
 def render(figures: dict[str, Any]) -> str:
@@ -18,7 +20,7 @@ def render(figures: dict[str, Any]) -> str:
         .get_template("compare.html")
         .render(
             figures=figures,
-            names=_names(figures),
+            names=_names(figures, _OWN | {LEFT_OUT: "each hospital by a model trained without it"}),
             index={row: i for i, row in enumerate(figures["rows"])},
             markers=marker_shapes(),
             explanation=EXPLANATIONS.get(figures["metric"]["name"]),
@@ -33,13 +35,12 @@ def render_results(figures: dict[str, Any]) -> str:
     return (
         page_environment("fedimaging.compare")
         .get_template("results.html")
-        .render(figures=figures, names=_names(figures), explanation=EXPLANATIONS.get(figures["metric"]["name"]))
+        .render(figures=figures, names=_names(figures, _OWN), explanation=EXPLANATIONS.get(figures["metric"]["name"]))
     )
 
 
-def _names(figures: dict[str, Any]) -> dict[str, str]:
-    """What a reader calls the rows."""
-    named = {ALONE: "each hospital’s own model", LEFT_OUT: "each hospital by a model trained without it"}
+def _names(figures: dict[str, Any], named: dict[str, str]) -> dict[str, str]:
+    """What a reader calls the rows: jobs by their name, and others as they are named."""
     return {row: named.get(row, row) for row in figures["rows"]}
 
 

@@ -25,7 +25,11 @@ from fedimaging.training.settings import JobSettings
 from fedimaging.training.strategies import DEFAULT_STRATEGY, State
 from fedimaging.version import package_hash
 
+ALONE = "alone"
+"""row of the sites' own models, each judged on its own test cases"""
 POOLED = "pooled"
+LEFT_OUT = "leave_one_out"
+"""row of the models that were trained without one site each, judged on that site's test cases"""
 BUDGET = ("epochs", "batch_size", "max_batches", "schedule")
 """settings of training that all rows must share"""
 
@@ -36,7 +40,7 @@ class Run:
 
     Attributes:
         kind: "local" (one site's cases), "pooled" (all sites' cases in one place) or "federated".
-        row: the site, "pooled", or the job's name.
+        row: the site, "pooled", the job's name, or "without_<site>" for the first job without a site.
         steps: optimizer steps a round, of all sites together.
     """
 
@@ -158,6 +162,9 @@ class Comparison:
         for name in settings:
             self._check_equal(first, name, settings)
         self.datasets = self._find(self.settings)
+        rows = {ALONE, POOLED, LEFT_OUT, *self.datasets, *map(without, self.datasets)}
+        if taken := sorted(rows & set(self.jobs)):
+            raise FedImagingError(f"compare: {taken[0]} is a row of its own; give the job another name in meta.json")
         if leave_one_out:
             self._check_leave_one_out(self.jobs[first])
         self.steps = sum(self._steps(dataset) for dataset in self.datasets.values())
@@ -299,7 +306,9 @@ class Runner:
         comparison = self._comparison
         workspace = self._folder / f"{run.row}-seed{run.seed}"
         name = next(iter(comparison.jobs)) if run.leave_out else run.row
-        changes = comparison.changes_of[name] | {"seed": run.seed, "leave_out": run.leave_out}
+        changes = comparison.changes_of[name] | {"seed": run.seed}
+        if run.leave_out:
+            changes["leave_out"] = run.leave_out
         path = comparison.jobs[name].path
         outcome = simulate(path, comparison.data, workspace, changes=changes, sites=comparison.sites)
         if outcome.errors:
