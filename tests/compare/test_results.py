@@ -1,12 +1,13 @@
 """The table of finished jobs: made of what sites reported, and of nothing that cannot stand in one table."""
 
 import json
+import re
 
 import pytest
 
 from fedimaging.cli import main
-from fedimaging.compare.analysis import ALONE
 from fedimaging.compare.results import analyse_results
+from fedimaging.compare.runs import ALONE
 from fedimaging.errors import FedImagingError
 from tests.conftest import SITES
 
@@ -123,10 +124,30 @@ def test_what_differs_besides_the_strategy_is_told(jobs, download):
     ]
 
 
+def test_a_setting_that_one_job_has_and_the_other_leaves_at_its_default_is_told_in_both_orders(jobs, download):
+    one_batch = download("one_batch", {"SRV_best": lift(0.0)}, strategy="fedprox", training={
+        "max_batches": 1, "strategy": {"name": "fedprox"}
+    })  # fmt: skip
+    for pair in ([jobs[0], one_batch], [one_batch, jobs[0]]):
+        (caution,) = analyse_results(pair)["cautions"]
+        assert "differ in training.max_batches: the table" in caution
+    written_out = download(
+        "written_out", {"SRV_best": lift(0.0)}, training={"max_batches": None, "schedule": "one_cycle"}
+    )
+    assert analyse_results([jobs[0], written_out])["cautions"] == []
+
+
+def test_a_job_that_started_from_a_model_is_told(jobs, download):
+    started = download("spring", {"SRV_best": lift(0.0)}, start_from="spring.pt")
+    (caution,) = analyse_results([jobs[0], started])["cautions"]
+    assert "differ in start_from: the table" in caution
+
+
 @pytest.mark.parametrize(
     ("other", "told"),
     [
         ({"key_metric": "accuracy"}, "another key metric than in"),
+        ({"name": ALONE}, "alone is the row of the hospitals' own models; give the job another name"),
         ({"task": {"name": "classification", "classes": ["normal", "pneumonia"]}}, "another task than in"),
         ({"name": "chest_xray_fedavg", "folder": "again"}, "2 jobs chest_xray_fedavg; give one of each"),
         ({"name": "chest_xray_fedavg", "leave_out": "hospital-b"}, "with and without a site left out"),
@@ -151,8 +172,13 @@ def test_the_command_prints_the_table_and_writes_the_page(jobs, tmp_path, capsys
     assert "0.840–0.990" in said
     page = (out / "report.html").read_text()
     assert "<script" not in page
-    for shown in ("each hospital by a model that was trained without it", "each hospital’s own model", "leave_one_out"):
-        assert shown in page
+    table = page[page.index("<tbody>") : page.index("</tbody>")]
+    rows = [re.sub("<[^>]*>", " ", cell).split("  ") for cell in re.findall('<th scope="row">(.*?)</th>', table)]
+    assert [[words.strip() for words in row if words.strip()] for row in rows] == [
+        ["each hospital’s own model"],
+        ["chest_xray_fedavg"],
+        ["leave_one_out", "each hospital by a model that was trained without it"],
+    ]
     written = json.loads((out / "report.json").read_text())
     assert [source["job"] for source in written["sources"]] == [
         "chest_xray_fedavg", "leave_one_out without hospital-c", "leave_one_out without hospital-a", "chest_xray_alone"

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedimaging.compare.analysis import ALONE
-from fedimaging.compare.runs import BUDGET
+from fedimaging.compare.runs import ALONE, BUDGET
 from fedimaging.errors import FedImagingError
 from fedimaging.report.collect import collect
 from fedimaging.report.evaluation import macro_mean, to_figure, to_mapping
+from fedimaging.settings import parse
+from fedimaging.training.settings import TrainingSettings
 
 _BEST = "best"
 
@@ -78,16 +79,17 @@ class JobResult:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the rows of a fair comparison have in common, besides the task."""
+        """What the rows of a fair comparison have in common, besides the task; what a job leaves out is its default."""
         job, client = self.report["job"], to_mapping(self.report["settings"].get("client"))
         executors = client.get("executors") or [{}]
         arguments = to_mapping(to_mapping(to_mapping(executors[0]).get("executor")).get("args"))
-        training = to_mapping(arguments.get("training"))
+        training = parse(TrainingSettings, to_mapping(arguments.get("training")), f"{self.path}: training")
         return {
             "network": job["network"],
             "rounds": job["rounds"],
             "seed": job["seed"],
-            **{f"training.{key}": training[key] for key in BUDGET if key in training},
+            "start_from": job["start_from"],
+            **{f"training.{key}": getattr(training, key) for key in BUDGET},
         }
 
 
@@ -135,6 +137,10 @@ def analyse_results(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def _check(results: Sequence[JobResult]) -> None:
+    if taken := next((result for result in results if result.name == ALONE and not result.alone), None):
+        raise FedImagingError(
+            f"{taken.path}: {ALONE} is the row of the hospitals' own models; give the job another name in meta.json"
+        )
     first = results[0]
     for result in results[1:]:
         for what in ("key_metric", "task"):
@@ -184,7 +190,7 @@ def _differences(results: Sequence[JobResult]) -> list[str]:
     """Where the jobs differ in more than their strategy."""
     first, cautions = results[0], []
     for result in results[1:]:
-        unequal = [name for name, value in result.settings.items() if first.settings.get(name, value) != value]
+        unequal = [name for name, value in result.settings.items() if first.settings[name] != value]
         if unequal:
             cautions.append(
                 f"{result.title} and {first.title} differ in {', '.join(unequal)}: the table compares that too."
