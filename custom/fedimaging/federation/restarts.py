@@ -3,6 +3,7 @@ ever, and a job ends for all when its process at one site fails.
 """
 
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from nvflare.utils.job_launcher_utils import get_resource_manager_spec
 from fedimaging.federation.protocol import STRATEGY_FILE
 
 _REPLY_SECONDS = 60.0
+_FAILED = "its process failed"
 _OWN_FAULT = (JobReturnCode.EXCEPTION, JobReturnCode.CONFIG_ERROR, JobReturnCode.INFRASTRUCTURE_ERROR)
-"""how a site says that its process of a job ended by an error of its own, by a signal too; a class that is not on its
-allow-list is the job's fault"""
+"""how a site says that its process of a job ended by an error of its own, by a signal too where FLARE starts jobs as
+processes (its Kubernetes launcher calls a killed pod aborted); a class off its allow-list is the job's fault"""
 
 
 class Restarts(FLComponent):
@@ -45,7 +47,8 @@ class Restarts(FLComponent):
     is archived, so that it can be downloaded and continued.
 
     A job goes on when a site says that its process of it failed, which FLARE takes for the end of the whole job: the
-    site is then reported to the job as dead, and whether a round counts without it is decided by the job's quorum.
+    site is then reported to the job as dead. Where the job needs more sites than are left it ends at once, as FLARE has
+    it: a fault of the job itself fails at every site.
     """
 
     def __init__(self) -> None:
@@ -82,18 +85,28 @@ class Restarts(FLComponent):
     def _on_failure_report(self, report: Message, server: Any) -> Message:
         """In place of FLARE's ``FederatedServer.process_job_failure``, which still checks who reports, and answers."""
         said: dict[str, Any] = report.payload if isinstance(report.payload, dict) else {}
-        own_fault = said.get(JobFailureMsgKey.CODE) in _OWN_FAULT
-        if own_fault:
+        job_id, token = str(said.get(JobFailureMsgKey.JOB_ID)), report.get_header(CellMessageHeaderKeys.TOKEN)
+        client, names = server.client_manager.clients.get(token), _names(server.engine, job_id)
+        # By name: under a new registration it is a participant only when the job was started anew there.
+        own_fault = said.get(JobFailureMsgKey.CODE) in _OWN_FAULT and client is not None and client.name in names
+        goes_on = own_fault and self._goes_on_without(client, job_id, server.engine)
+        if goes_on:
             report.payload = {**said, JobFailureMsgKey.CODE: JobReturnCode.UNKNOWN}
         reply: Message = server.process_job_failure(report)
-        token, job_id = report.get_header(CellMessageHeaderKeys.TOKEN), str(said.get(JobFailureMsgKey.JOB_ID))
-        process = server.engine.run_processes.get(job_id) or {}
-        client = (process.get(RunProcessKey.PARTICIPANTS) or {}).get(token)
-        if own_fault and client is not None and reply.get_header(MessageHeaderKey.RETURN_CODE) == CellReturnCode.OK:
-            self.logger.error(f"the process of job {job_id} at site {client.name} failed; the job goes on without it")
-            self._failed.add((job_id, token))
-            server.engine.notify_dead_job(job_id, client.name, "its process failed")
+        if own_fault and reply.get_header(MessageHeaderKey.RETURN_CODE) == CellReturnCode.OK:
+            then = "the job goes on without it" if goes_on else "the job needs more sites than are left"
+            self.logger.error(f"the process of job {job_id} at site {client.name} failed; {then}")
+            server.engine.notify_dead_job(job_id, client.name, _FAILED)
         return reply
+
+    def _goes_on_without(self, client: Client, job_id: str, engine: Any) -> bool:
+        """Notes that the job's process at a site failed. Returns whether the job has as many others as it needs."""
+        with self._lock:
+            self._failed.add((job_id, client.token))
+            failed = {token for failed_id, token in self._failed if failed_id == job_id}
+            left = _names(engine, job_id, without=failed) - {client.name}
+        job = engine.job_runner.running_jobs.get(job_id)
+        return job is not None and len(left) >= job.min_sites and left >= set(job.required_sites)
 
     def _welcome(self, fl_ctx: FLContext) -> None:
         peer, engine = fl_ctx.get_peer_context(), fl_ctx.get_engine()
@@ -101,11 +114,13 @@ class Restarts(FLComponent):
         if client is None:
             return
         for job_id, process in list(engine.run_processes.items()):
-            if (job_id, client.token) in self._failed:
-                # Said again with each heartbeat: before a job's first round nobody there hears it.
-                engine.notify_dead_job(job_id, client.name, "its process failed")
+            heard_of = engine.server._job_reported_clients.get(job_id, ())
+            if (job_id, client.token) in self._failed and client.token not in heard_of:
+                # With each heartbeat, as FLARE does it for a site that it once saw running the job: before a job's
+                # first round nobody there hears it.
+                engine.notify_dead_job(job_id, client.name, _FAILED)
             participants: dict[str, Client] = process.get(RunProcessKey.PARTICIPANTS) or {}
-            if client.token in participants or client.name not in {c.name for c in participants.values()}:
+            if client.token in participants or client.name not in _names(engine, job_id):
                 continue
             with self._lock:
                 fresh = (job_id, client.token) not in self._handled
@@ -131,11 +146,13 @@ class Restarts(FLComponent):
         message = JobRunner._make_deploy_message(job, job.get_application(app, fl_ctx), app, fl_ctx)
         _check(engine.server.admin_server.send_requests_and_get_reply_dict({client.token: message}, _REPLY_SECONDS))
         # Before the start: the site's job asks the server's for a task at once.
-        participants: dict[str, Client] = engine.run_processes[job.job_id][RunProcessKey.PARTICIPANTS]
-        others = {key: other for key, other in participants.items() if other.name != name}
-        participants = {**others, client.token: client}
-        engine.run_processes[job.job_id][RunProcessKey.PARTICIPANTS] = participants
-        job.meta[JobMetaKey.JOB_CLIENTS] = [participant.to_dict() for participant in participants.values()]
+        with self._lock:
+            participants: dict[str, Client] = engine.run_processes[job.job_id][RunProcessKey.PARTICIPANTS]
+            others = {key: other for key, other in participants.items() if other.name != name}
+            participants = {**others, client.token: client}
+            engine.run_processes[job.job_id][RunProcessKey.PARTICIPANTS] = participants
+            self._failed.discard((job.job_id, client.token))
+            job.meta[JobMetaKey.JOB_CLIENTS] = [participant.to_dict() for participant in participants.values()]
         replies = engine.start_client_job(job, {name: DispatchInfo(app, needs, token)}, fl_ctx)
         _check({reply.client_token: reply.reply for reply in replies})
 
@@ -163,6 +180,12 @@ class KeepingDeployer(AppDeployer):
         if aside.exists() and not fault:
             aside.replace(kept)
         return fault
+
+
+def _names(engine: Any, job_id: str, without: Collection[str] = ()) -> set[str]:
+    """The sites of a running job by name, without those of some tokens; none if it does not run."""
+    participants = (engine.run_processes.get(job_id) or {}).get(RunProcessKey.PARTICIPANTS) or {}
+    return {client.name for token, client in participants.items() if token not in without}
 
 
 def _app_of(job: Job, site: str) -> str:
