@@ -199,10 +199,10 @@ def test_what_a_job_asks_for_is_told_in_plain_words(run):
     assert code == 0
     for word in ("the dataset chest_xray", "12 rounds", "DenseNet121", "28.1 MB", "auroc", "no: no grant for the data"):
         assert word in said
-    assert "left out" not in said
+    assert "train for 12 rounds of 1 epoch, and evaluate" in said
     code, said = run("grant", "show", JOB.with_name("chest_xray_leave_one_out"))
     assert code == 0
-    assert "hospital-c: it needs a grant to evaluate only" in said
+    assert "train (not at hospital-c) for 12 rounds of 1 epoch, and evaluate" in said
 
 
 def test_a_job_that_was_refused_is_listed_shown_and_granted_as_it_asked(site, run):

@@ -109,13 +109,12 @@ def in_words(asked: Asked, site: Path) -> list[tuple[str, str]]:
     size = sum(4 * math.prod(shape) for shape in declared.update.values()) / 1e6
     rounds = "as many rounds as the server says" if asked.rounds is None else f"{asked.rounds} rounds"
     metrics = ", ".join(name for name in declared.metrics.model_fields if name != "cases")
-    left_out = f"{asked.leave_out}: it needs a grant to evaluate only" if asked.leave_out else ""
+    train = f"train (not at {asked.leave_out})" if asked.leave_out else "train"
     return [
         ("job", asked.name + (f" ({asked.job_id})" if asked.job_id else ", not sent to this site yet")),
         ("submitted by", _who(asked)),
         ("data", f"the dataset {asked.dataset}"),
-        ("to do", f"train for {rounds} of {training.epochs} epoch{'s' * (training.epochs > 1)}, and evaluate"),
-        *([("left out of training", left_out)] if left_out else []),
+        ("to do", f"{train} for {rounds} of {training.epochs} epoch{'s' * (training.epochs > 1)}, and evaluate"),
         ("task", f"{task.settings.name}: {', '.join(task.settings.classes)}; inputs of {_sides(task.input_shape)}"),
         ("network", f"{settings.network.name}, {training.strategy.name}"),
         ("leaves each round", f"{len(declared.update)} tensors of model weights, {size:.1f} MB; {metrics}; counts"),
