@@ -311,6 +311,24 @@ def test_headline_is_the_macro_mean_of_the_picked_model(workspace: Path) -> None
     assert "highest vote-weighted validation AUROC (0.896); sites vote with their number of validation cases" in text
 
 
+def test_a_hospital_left_out_is_shown_and_is_no_part_of_the_macro_mean(workspace: Path) -> None:
+    run = workspace / "server" / "simulate_job"
+    events = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    for event in events:
+        if event["event"] == "round":
+            event["sites"].pop("hospital-c", None)
+            event["refused"] = {}
+    write_events(run, [start_event(leave_out="hospital-c"), *events[1:]])
+    page, report = read(write_report(workspace))
+    assert set(report["cross_site"]["best"]) == set(SITES)
+    mean = report["headline"]["macro_mean"]
+    assert mean["value"] == pytest.approx((0.95 + 0.89) / 2)
+    assert mean["sites"] == ["hospital-a", "hospital-b"]
+    text = visible(page)
+    assert "the model never saw, and no part of the macro mean" in text
+    assert "macro mean of those that trained" in text
+
+
 def test_macro_mean_interval_matches_independent_sampling() -> None:
     """The interval of a mean of two independent normal estimates is narrower by the root of two than each alone."""
     one = {"metrics": {"auroc": {"value": 0.8, "ci": [0.7, 0.9], "status": "ok"}}}

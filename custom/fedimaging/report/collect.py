@@ -116,19 +116,24 @@ def collect(workspace: Path, site: str | None = None) -> dict[str, Any]:
         models = {name: {own["site"]: model["eval"]} for name, model in own["models"].items()}
     sites = _site_names(log, models, simulate)
     key = _key_metric(log, models)
+    job = _job(workspace, run, log, simulate)
+    trained = {
+        name: {site: evaluation for site, evaluation in evaluations.items() if site != job["leave_out"]}
+        for name, evaluations in models.items()
+    }
     report: dict[str, Any] = {
         "report_version": REPORT_VERSION,
         "made": {"time": datetime.now(UTC).isoformat(timespec="seconds"), "fedimaging": __version__},
         "site": own,
         "key_metric": {"name": key, "label": metric_label(key)},
         "sites": sites,
-        "job": _job(workspace, run, log, simulate),
+        "job": job,
         "picked": _picked(log),
         "participation": [_participation(event, sites, log) for event in log.rounds],
         "training": [_training(event) for event in log.rounds],
         "validation": _validation(log, key),
         "cross_site": models,
-        "macro_mean": {name: macro_mean(evaluations, key) for name, evaluations in models.items()},
+        "macro_mean": {name: macro_mean(evaluations, key) for name, evaluations in trained.items()},
         "cases": _cases(sites, log, models),
         "resources": _resources(log),
         "versions": to_mapping(log.start.get("versions")) | _packages(log),
@@ -456,7 +461,7 @@ def _summary(report: dict[str, Any]) -> list[str]:
     if job["leave_out"]:
         sentences.append(
             f"{job['leave_out']} was left out of training and of picking: its figures are those of a hospital that the "
-            "model never saw."
+            "model never saw, and no part of the macro mean."
         )
     if job["continues"] and job["start_round"]:
         before = _plural(int(job["start_round"]), "round")
