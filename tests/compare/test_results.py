@@ -6,6 +6,7 @@ import re
 import pytest
 
 from fedimaging.cli import main
+from fedimaging.compare.page import render_results
 from fedimaging.compare.results import analyse_results
 from fedimaging.compare.runs import ALONE
 from fedimaging.errors import FedImagingError
@@ -106,7 +107,8 @@ def test_every_hospital_s_own_model_is_shown_on_every_hospital(jobs):
 def test_a_figure_that_a_site_withheld_is_left_out_of_every_mean(jobs, download):
     jobs[0] = download("fedprox", {"SRV_best": lift(0.04) | {"hospital-c": figures(None, cases=4)}})
     table = analyse_results(jobs)
-    assert table["rows"]["fedprox"]["sites"]["hospital-c"]["status"] == "withheld"
+    assert table["rows"]["fedprox"]["sites"]["hospital-c"]["absent"] == "too few cases"
+    assert "too few cases" in render_results(table | {"command": "x"})
     assert table["judged"] == ["hospital-a", "hospital-b"]
     assert table["rows"][ALONE]["macro"]["value"] == pytest.approx(0.8)
 
@@ -179,6 +181,7 @@ def test_the_command_prints_the_table_and_writes_the_page(jobs, tmp_path, capsys
         ["chest_xray_fedavg"],
         ["leave_one_out", "each hospital by a model that was trained without it"],
     ]
+    assert all(f'<tr><th scope="row">{site}</th><td>' in page for site in SITES), "each hospital's own model at others"
     written = json.loads((out / "report.json").read_text())
     assert [source["job"] for source in written["sources"]] == [
         "chest_xray_fedavg", "leave_one_out without hospital-c", "leave_one_out without hospital-a", "chest_xray_alone"

@@ -211,17 +211,7 @@ def table(figures: dict[str, Any]) -> Table:
     """The figures for a terminal: by row, each hospital, the macro mean, all cases, time and bytes."""
     from fedimaging.report.html import duration, size
 
-    shown = Table(
-        "model",
-        *figures["sites"],
-        "macro mean",
-        "all cases",
-        "time",
-        "bytes",
-        title=f"test {figures['metric']['label']}, 95 % interval",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
+    shown = _frame(figures, "95 % interval", "all cases", "time", "bytes")
     for name, row in figures["rows"].items():
         cells = [_cell(row["sites"][site]) for site in figures["sites"]]
         star = " *" if name == figures["chosen"] else ""
@@ -239,18 +229,24 @@ def table(figures: dict[str, Any]) -> Table:
 
 def results_table(figures: dict[str, Any]) -> Table:
     """The figures of finished jobs for a terminal: by row, each hospital and the macro mean."""
-    shown = Table(
-        "model",
-        *figures["sites"],
-        "macro mean",
-        title=f"test {figures['metric']['label']}, 95 % interval of each hospital",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
+    shown = _frame(figures, "95 % interval of each hospital")
     for name, row in figures["rows"].items():
         cells = [_reported(row["sites"][site]) for site in figures["sites"]]
         shown.add_row(name, *cells, _reported(row["macro"]))
     return shown
+
+
+def _frame(figures: dict[str, Any], interval: str, *more: str) -> Table:
+    """An empty table with a column for each hospital and the macro mean, and more after them."""
+    return Table(
+        "model",
+        *figures["sites"],
+        "macro mean",
+        *more,
+        title=f"test {figures['metric']['label']}, {interval}",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
 
 
 def _reported(figure: dict[str, Any] | None) -> str:
@@ -258,7 +254,7 @@ def _reported(figure: dict[str, Any] | None) -> str:
     if figure is None:
         return "–"
     if figure["value"] is None:
-        return "too few cases" if figure["status"] == "withheld" else "not given"
+        return str(figure["absent"])
     low, high = figure["ci"] or (None, None)
     return f"{figure['value']:.3f}" + (f"\n{low:.3f}–{high:.3f}" if low is not None else "")
 

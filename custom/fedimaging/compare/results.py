@@ -16,6 +16,7 @@ from fedimaging.settings import parse
 from fedimaging.training.settings import TrainingSettings
 
 _BEST = "best"
+_ABSENT = {"withheld": "too few cases", "not_given": "not given"}
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,15 @@ def _check(results: Sequence[JobResult]) -> None:
 
 
 def _figure(evaluation: dict[str, Any] | None, key: str) -> dict[str, Any] | None:
-    """A site's figure with the interval that the site made; None where it was not asked or did not answer."""
+    """A site's figure with the interval that the site made; None where it was not asked or did not answer.
+
+    Returns:
+        {"value", "ci", "status", "absent": in words, why there is no value, or None; "cases"}
+    """
     if evaluation is None:
         return None
-    return {**evaluation["metrics"].get(key, to_figure({}, key)), "cases": evaluation["cases"]}
+    figure = evaluation["metrics"].get(key, to_figure({}, key))
+    return {**figure, "absent": _ABSENT.get(figure["status"]), "cases": evaluation["cases"]}
 
 
 def _has(figure: dict[str, Any] | None) -> bool:
