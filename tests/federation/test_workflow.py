@@ -1,5 +1,6 @@
 """What the server makes of results that it should not take as they come."""
 
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -7,9 +8,13 @@ import numpy as np
 import pytest
 import torch
 from nvflare.apis.client import Client
-from nvflare.apis.fl_constant import FLMetaKey
+from nvflare.apis.controller_spec import TaskCompletionStatus
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FLContextKey, FLMetaKey, ReservedKey
 from nvflare.apis.fl_context import FLContext
+from nvflare.apis.impl.wf_comm_server import WFCommServer
 from nvflare.apis.shareable import Shareable
+from nvflare.apis.utils.event import fire_event_to_components
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.aggregators.weighted_aggregation_helper import WeightedAggregationHelper
 from nvflare.app_opt.pt.model_persistence_format_manager import PTModelPersistenceFormatManager
@@ -27,7 +32,7 @@ from fedimaging.training.strategies import FedAvg, Server
 @pytest.fixture
 def workflow(tmp_path):
     workflow = FederatedAveraging(num_rounds=3, min_clients=1)
-    workflow.fl_ctx, workflow._record = FLContext(), RunRecord(tmp_path)
+    workflow.fl_ctx, workflow._record, workflow._running = FLContext(), RunRecord(tmp_path), True
     return workflow
 
 
@@ -171,7 +176,7 @@ def test_a_site_that_is_not_asked_this_round_still_counts_among_all(workflow, mo
 def without_c(tmp_path, monkeypatch):
     """A workflow over the sites a, b and c that leaves out c; what it sends is kept instead of sent."""
     workflow = FederatedAveraging(num_rounds=3, min_clients=2, leave_out="c")
-    workflow.fl_ctx, workflow._record = FLContext(), RunRecord(tmp_path)
+    workflow.fl_ctx, workflow._record, workflow._running = FLContext(), RunRecord(tmp_path), True
     sites = [SimpleNamespace(name=name) for name in "abc"]
     workflow.engine = SimpleNamespace(get_clients=lambda: sites, sync_clients_from_main_process=lambda: None)
     workflow.sent = []
@@ -252,3 +257,109 @@ def test_a_job_that_left_out_another_is_not_continued(without_c, persistor, monk
     earlier.start["leave_out"] = "c"
     without_c._continue_earlier()
     assert without_c.start_round == 2
+
+
+class Engine:
+    """What FLARE's monitor of dead sites needs of a job's process at the server, whose job has the sites a, b and c."""
+
+    def __init__(self, required):
+        self.sites = [Client(name, f"token-{name}") for name in "abc"]
+        self.meta = {"job_id": "one", "min_clients": 2, "mandatory_clients": required}
+        self.components, self.panics = [], []
+
+    def get_clients(self):
+        return self.sites
+
+    def sync_clients_from_main_process(self):
+        pass
+
+    @contextlib.contextmanager
+    def new_context(self):
+        fl_ctx = FLContext()
+        fl_ctx.set_prop(ReservedKey.ENGINE, self, private=True)
+        fl_ctx.set_prop(FLContextKey.JOB_META, self.meta, private=True)
+        yield fl_ctx
+
+    def fire_event(self, event_type, fl_ctx):
+        if event_type == EventType.FATAL_SYSTEM_ERROR:
+            self.panics.append(fl_ctx.get_prop(FLContextKey.EVENT_DATA))
+        fire_event_to_components(event_type, self.components, fl_ctx)
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    """Makes a workflow in a round of training, with FLARE's own monitor, for which a reported site is gone at once."""
+
+    def make(required=(), leave_out="", **settings):
+        workflow = FederatedAveraging(3, 2, required, leave_out=leave_out, **settings)
+        workflow.fl_ctx, workflow._record, workflow._running = FLContext(), RunRecord(tmp_path), True
+        workflow.engine = Engine(list(required))
+        workflow.engine.components.append(workflow)
+        workflow.communicator = WFCommServer()
+        workflow.communicator.controller, workflow.communicator._engine = workflow, workflow.engine
+        workflow.communicator._dead_client_grace, workflow.communicator._task_check_period = 0, 0
+        workflow.cancelled = []
+        monkeypatch.setattr(workflow, "cancel_all_tasks", workflow.cancelled.append)
+        monkeypatch.setattr(workflow, "broadcast_model", lambda **_: None)
+        workflow.send_model("train")
+        return workflow
+
+    return make
+
+
+def lose(workflow, *sites):
+    """Reports sites as dead and runs one pass of FLARE's monitor. Returns what it panicked of, by anybody."""
+    communicator = workflow.communicator
+    for site in sites:
+        communicator.process_dead_client_report(site, workflow.fl_ctx)
+    communicator.check_tasks = lambda: setattr(communicator, "_all_done", True)
+    communicator._monitor_tasks()
+    return workflow.engine.panics
+
+
+@pytest.mark.parametrize(
+    ("required", "lost", "needs"),
+    [((), "bc", "2 sites"), (("a",), "a", "2 sites, a among them"), ((), "abc", "2 sites")],
+)
+def test_a_job_that_lost_too_many_sites_says_so_before_flare_ends_it(watched, tmp_path, required, lost, needs):
+    workflow = watched(required)
+    workflow._sites = {"a": {}, "b": {}}
+    panics = lose(workflow, *lost)
+    assert panics[-1] == "Aborting job due to deployment policy violation", "what FLARE says of it"
+    (failed,) = map(json.loads, (tmp_path / "rounds.jsonl").read_text().splitlines())
+    assert failed["event"] == "failed"
+    gone = ", ".join(lost[:2] if lost == "abc" else lost)
+    assert failed["reason"] == panics[0] == f"no sign of {gone}; the job needs {needs}"
+    with pytest.raises(RuntimeError):
+        workflow._give_up("seen by the workflow's own thread too")
+    assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) == 1, "recorded once"
+
+
+def test_a_site_that_is_gone_is_not_waited_for_and_too_few_others_end_the_job(watched, tmp_path):
+    workflow = watched(straggler_wait=3600)
+    workflow._answered, workflow._sites = {"a", "b"}, {"a": {}, "b": {}}
+    workflow.get_num_standing_tasks()
+    assert workflow.cancelled == []
+    assert lose(workflow, "c") == []
+    workflow.get_num_standing_tasks()
+    assert workflow.cancelled == [TaskCompletionStatus.OK]
+    workflow.send_model("train")
+    assert workflow._asked == ["a", "b"]
+    assert not (tmp_path / "rounds.jsonl").exists()
+
+
+def test_a_job_ends_when_a_site_is_gone_and_the_one_left_out_cannot_take_its_place(watched, tmp_path):
+    """FLARE counts the site left out among those that are there."""
+    workflow = watched(leave_out="c")
+    workflow._answered, workflow._sites = {"a"}, {"a": {}}
+    assert lose(workflow, "b") == []
+    with pytest.raises(RuntimeError, match="only 1 of the 2 sites needed contributed"):
+        workflow.get_num_standing_tasks()
+    assert json.loads((tmp_path / "rounds.jsonl").read_text())["missing"] == ["b"]
+
+
+def test_a_job_that_is_over_did_not_fail(watched, tmp_path):
+    workflow = watched()
+    workflow._running = False
+    assert lose(workflow, "b", "c") == ["Aborting job due to deployment policy violation"]
+    assert not (tmp_path / "rounds.jsonl").exists()

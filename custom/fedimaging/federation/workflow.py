@@ -3,6 +3,7 @@
 import copy
 import json
 import platform
+import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from typing import Annotated, Any, NoReturn, Self
 import numpy as np
 from nvflare.apis.client import Client
 from nvflare.apis.controller_spec import ClientTask, TaskCompletionStatus
+from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey, FLMetaKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_def import JobMetaKey
@@ -162,6 +164,7 @@ class FederatedAveraging(FlareFedAvg):
         self._synced_at = 0.0
         self._last: FLModel | None = None
         self._selection = ModelSelection("")
+        self._ending, self._running = threading.Lock(), False
 
     def run(self) -> None:
         self._started = self._round_started = time.monotonic()
@@ -182,6 +185,7 @@ class FederatedAveraging(FlareFedAvg):
         self._server = self._strategy.server(persistor.model)
         self._wanted = self._strategy.sent(persistor.model)
         self._peaks: dict[str, int] = {}
+        self._running = True
         if self.continues:
             self._continue_earlier()
         super().run()
@@ -249,11 +253,12 @@ class FederatedAveraging(FlareFedAvg):
     def get_num_standing_tasks(self) -> int:
         """The number of open tasks. FLARE asks this while a round is open, which is when the round is watched."""
         self._meet_returned_sites()
-        outstanding = set(self._asked) - self._answered
+        silent = set(self._asked) - self._answered
+        outstanding = {site for site in silent if not self.get_client_disconnect_time(site)}
         self._give_up_without_quorum(outstanding)
-        if outstanding and self._quorum.met(set(self._sites) if self._training else self._answered):
+        if silent and self._quorum.met(set(self._sites) if self._training else self._answered):
             self._met_at = self._met_at or time.monotonic()
-            if time.monotonic() - self._met_at >= self.straggler_wait:
+            if not outstanding or time.monotonic() - self._met_at >= self.straggler_wait:
                 self.cancel_all_tasks(TaskCompletionStatus.OK)
         return int(super().get_num_standing_tasks())
 
@@ -270,6 +275,8 @@ class FederatedAveraging(FlareFedAvg):
         super().handle_event(event_type, fl_ctx)
         if event_type == AppEventType.BEFORE_AGGREGATION:
             self._judge_arrived(fl_ctx)
+        elif event_type == EventType.CLIENT_DISCONNECTED:
+            self._end_without_sites(fl_ctx)
 
     def _process_result(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
         site, result = client_task.client.name, client_task.result
@@ -377,9 +384,30 @@ class FederatedAveraging(FlareFedAvg):
 
     def _give_up(self, why: str) -> NoReturn:
         self.cancel_all_tasks(TaskCompletionStatus.CANCELLED)
+        raise RuntimeError(f"round {self._record_failure(why)}: {why}")
+
+    def _end_without_sites(self, fl_ctx: FLContext) -> None:
+        """Ends the job if fewer sites are left than it needs, whatever they contributed to this round.
+
+        FLARE would do so next, before the round is watched again, and would leave no reason in the record.
+        """
+        names = {client.name for client in self.engine.get_clients()}
+        gone = {name for name in names if self.get_client_disconnect_time(name)}
+        if self._running and not self._quorum.met(names - gone):
+            required = ", ".join(sorted(self._quorum.required_sites))
+            needs = f"{self.min_clients} sites" + (f", {required} among them" if required else "")
+            why = f"no sign of {', '.join(sorted(gone))}; the job needs {needs}"
+            self._record_failure(why)
+            self.system_panic(why, fl_ctx)
+
+    def _record_failure(self, why: str) -> int:
+        """Records once why the job ends. Returns the round."""
         number = self.start_round if self.current_round is None else self.current_round
-        self._record.add("failed", round=number, reason=why, **self._participants())
-        raise RuntimeError(f"round {number}: {why}")
+        with self._ending:
+            if self._running:
+                self._running = False
+                self._record.add("failed", round=number, reason=why, **self._participants())
+        return int(number)
 
     def _participants(self) -> dict[str, Any]:
         """Who contributed to the round, who refused, and from whom nothing came; nobody before the first round."""
@@ -482,6 +510,7 @@ class FederatedAveraging(FlareFedAvg):
         self._record.add_scalars(self._selection.key_metric, figures)
 
     def _record_end(self) -> None:
+        self._running = False
         self._record.add(
             "end",
             best_round=self._selection.best_index,
