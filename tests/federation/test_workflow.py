@@ -348,14 +348,14 @@ def test_a_site_that_is_gone_is_not_waited_for_and_too_few_others_end_the_job(wa
     assert not (tmp_path / "rounds.jsonl").exists()
 
 
-def test_a_job_ends_when_a_site_is_gone_and_the_one_left_out_cannot_take_its_place(watched, tmp_path):
-    """FLARE counts the site left out among those that are there."""
+@pytest.mark.parametrize("gone", "bc")
+def test_a_job_ends_when_a_site_is_gone_and_the_one_left_out_cannot_take_its_place(watched, tmp_path, gone):
+    """FLARE counts the site left out among those that the job needs."""
     workflow = watched(leave_out="c")
     workflow._answered, workflow._sites = {"a"}, {"a": {}}
-    assert lose(workflow, "b") == []
-    with pytest.raises(RuntimeError, match="only 1 of the 2 sites needed contributed"):
-        workflow.get_num_standing_tasks()
-    assert json.loads((tmp_path / "rounds.jsonl").read_text())["missing"] == ["b"]
+    why = f"no sign of {gone}; the job needs 3 sites"
+    assert lose(workflow, gone)[0] == why
+    assert json.loads((tmp_path / "rounds.jsonl").read_text())["reason"] == why
 
 
 def test_a_job_that_is_over_did_not_fail(watched, tmp_path):

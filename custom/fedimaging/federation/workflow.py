@@ -393,9 +393,10 @@ class FederatedAveraging(FlareFedAvg):
         """
         names = {client.name for client in self.engine.get_clients()}
         gone = {name for name in names if self.get_client_disconnect_time(name)}
-        if self._running and not self._quorum.met(names - gone):
+        there, needed = names - gone, self.min_clients + bool(self.leave_out)
+        if self._running and (len(there) < needed or not self._quorum.met(there - {self.leave_out})):
             required = ", ".join(sorted(self._quorum.required_sites))
-            needs = f"{self.min_clients} sites" + (f", {required} among them" if required else "")
+            needs = f"{needed} sites" + (f", {required} among them" if required else "")
             why = f"no sign of {', '.join(sorted(gone))}; the job needs {needs}"
             self._record_failure(why)
             self.system_panic(why, fl_ctx)
