@@ -14,8 +14,8 @@ from fedimaging.federation.job import CLIENT_FILE, SERVER_FILE, JobFolder
 from fedimaging.governance.grants import config_hash
 from fedimaging.governance.ledger import read_records, verify
 from poc.cli import main
-from poc.federation import Poc, free_port
 from tests.conftest import REPOSITORY
+from tests.poc.running import running_poc
 from tests.rounds import assert_same_course, evaluated, events, rounds
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -66,20 +66,9 @@ def write_volumes(folder, classes, spacing, seed):
 
 @pytest.fixture(scope="module")
 def poc(tmp_path_factory, data):
-    """One POC for all jobs; whatever happens, none of its processes outlives the tests."""
-    poc = Poc(tmp_path_factory.mktemp("poc") / "federation")
-    with pytest.MonkeyPatch.context() as patch:
-        # Sums over another number of threads are other sums.
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.delenv("FEDIMAGING_DATA", raising=False)
-        try:
-            up = ["up", "--folder", str(poc.folder), "--data", str(data), "--port", str(free_port(8402))]
-            assert main(up) == 0
-            yield poc
-        finally:
-            if poc.prepared:
-                poc.stop()
-            assert poc.processes() == []
+    """One POC for all jobs."""
+    with running_poc(tmp_path_factory.mktemp("poc") / "federation", data, 8402) as poc:
+        yield poc
 
 
 @pytest.fixture(scope="module", params=JOBS, ids=lambda job: job.name)
