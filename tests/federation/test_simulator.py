@@ -273,7 +273,7 @@ def mistake(capsys, *arguments):
         (["--set", "training.epoch=2"], "training.epoch: unknown setting"),
         (["--set", "training.learning_rate=-1"], "training.learning_rate"),
         (["--sites", "hospital-x"], "no site hospital-x"),
-        (["--sites", "hospital-a"], "1 sites, and the job needs 2"),
+        (["--sites", "hospital-a"], "1 sites to train at, and the job needs 2"),
         (["--set", "dataset=mammography"], "mammography"),
         (["--set", "fedimaging=>=99"], "the job needs fedimaging >=99"),
         (["--set", "task.classes=normal,pneumonia"], "'consolidation' is not one of the job's"),
