@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fedimaging.compare.results import analyse_results
-from fedimaging.datasets.synthetic import synthesize
 from fedimaging.errors import FedImagingError
 from fedimaging.governance.ledger import PASSED, read_records, verify
 from fedimaging.report import write_report
@@ -20,13 +19,6 @@ SMALL = {
     "training.precision": "float32",
 }  # fmt: skip
 TRAINED, LEFT_OUT = SITES[:2], SITES[2]
-
-
-@pytest.fixture(scope="module")
-def hospitals(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    synthesize(root, hospitals=3, cases=(60, 50, 160), longer=64, seed=1)
-    return root
 
 
 @pytest.fixture(scope="module")
