@@ -1,6 +1,7 @@
 """The comparison: what may be compared, what a run leaves, and one whole command over the simulator."""
 
 import copy
+import io
 import json
 import math
 import re
@@ -11,10 +12,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from fedimaging.cli import main
 from fedimaging.compare import paired
 from fedimaging.compare.analysis import _Analysis, analyse
+from fedimaging.compare.command import table
 from fedimaging.compare.page import render
 from fedimaging.compare.runs import ALONE, LEFT_OUT, POOLED, Comparison, Result, Runner, pool
 from fedimaging.datasets.synthetic import synthesize
@@ -271,6 +274,29 @@ def test_cases_that_a_model_could_not_read_are_left_out_for_all(comparison):
     results[0] = made_up(comparison, typical, missing)[0]
     count = len(comparison.datasets["hospital-a"].manifest.test)
     assert analyse(comparison, results)["cases"]["hospital-a"]["judged"] == count - 1
+
+
+@pytest.mark.parametrize(
+    ("width", "hospitals_shown", "whole", "cost"),
+    [
+        (200, True, True, True),
+        (90, True, True, True),
+        (80, True, False, True),
+        (58, False, True, True),
+    ],
+)
+def test_a_narrow_terminal_shows_what_fits_and_nothing_cut_off(comparison, width, hospitals_shown, whole, cost):
+    figures = analyse(comparison, made_up(comparison, typical))
+    terminal = Console(width=width, record=True, file=io.StringIO())
+    terminal.print(table(figures, width))
+    text = terminal.export_text()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    shown = [title in text for title in ("hospital-b", "macro mean", "all cases", "cost")]
+    assert shown == [hospitals_shown, True, whole, cost]
+    macro = figures["rows"][POOLED]["macro"]
+    assert f"{macro['value']:.3f} ± {macro['sd']:.3f}" in text
+    assert f"{macro['ci'][0]:.3f}–{macro['ci'][1]:.3f}" in text
 
 
 def test_the_page_escapes_and_needs_no_network(comparison):

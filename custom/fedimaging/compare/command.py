@@ -6,13 +6,14 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedimaging.commands import add_command
 from fedimaging.errors import FedImagingError
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from fedimaging.compare.runs import Result
 
 console = Console(stderr=True)
+
+Columns = dict[str, Callable[[dict[str, Any]], str]]
+"""what is shown of a row, by the column's title"""
 
 _EXAMPLES = """\
 FedAvg and FedBN against pooling and training alone, on synthetic hospitals:
@@ -150,7 +154,8 @@ def _train_and_compare(arguments: argparse.Namespace) -> int:
             progress.end(results[-1], done)
     figures = analyse(comparison, results) | {"command": _command_line()}
     page, data = write_files(out / "report.html", render(figures), figures, private=False)
-    Console().print(table(figures))
+    terminal = Console()
+    terminal.print(table(figures, terminal.width))
     console.print(f"report: {page}\nfigures: {data}", highlight=False, soft_wrap=True)
     return 0
 
@@ -207,46 +212,47 @@ class _Progress:
             self._bar = None
 
 
-def table(figures: dict[str, Any]) -> Table:
-    """The figures for a terminal: by row, each hospital, the macro mean, all cases, time and bytes."""
+def table(figures: dict[str, Any], width: int) -> Table:
+    """The figures for a terminal of so many characters: by row, each hospital, the macro mean, all cases, cost.
+
+    What does not fit is left out: all cases first, then the cost, then the hospitals. The report has all of it.
+    """
     from fedimaging.report.html import duration, size
 
-    shown = _frame(figures, "95 % interval", "all cases", "time", "bytes")
-    for name, row in figures["rows"].items():
-        cells = [_cell(row["sites"][site]) for site in figures["sites"]]
-        star = " *" if name == figures["chosen"] else ""
-        shown.add_row(
-            name + star,
-            *cells,
-            _cell(row["macro"]),
-            _cell(row["all_cases"]),
-            duration(row["seconds"]),
-            size(row["bytes"]),
-        )
+    hospitals: Columns = {s: lambda row, s=s: _cell(row["sites"][s]) for s in figures["sites"]}  # type: ignore[misc]
+    macro: Columns = {"macro mean": lambda row: _cell(row["macro"])}
+    whole: Columns = {"all cases": lambda row: _cell(row["all_cases"])}
+    cost: Columns = {"cost": lambda row: f"{duration(row['seconds'])}\n{size(row['bytes'])}"}
+    rows = {f"{name} *" if name == figures["chosen"] else name: row for name, row in figures["rows"].items()}
+    shown = Table()
+    for columns in (
+        hospitals | macro | whole | cost,
+        hospitals | macro | cost,
+        hospitals | macro,
+        macro | whole | cost,
+    ):
+        shown = _table(figures, "95 % interval", rows, columns)
+        # Measured for a terminal without bounds: rich never says that a table needs more than there is.
+        if Console(width=10_000).measure(shown).maximum <= width:
+            break
     shown.caption = "* chosen on validation; the report has differences with p-values, subgroups and curves"
     return shown
 
 
 def results_table(figures: dict[str, Any]) -> Table:
     """The figures of finished jobs for a terminal: by row, each hospital and the macro mean."""
-    shown = _frame(figures, "95 % interval of each hospital")
-    for name, row in figures["rows"].items():
-        cells = [_reported(row["sites"][site]) for site in figures["sites"]]
-        shown.add_row(name, *cells, _reported(row["macro"]))
+    hospitals: Columns = {s: lambda row, s=s: _reported(row["sites"][s]) for s in figures["sites"]}  # type: ignore[misc]
+    macro: Columns = {"macro mean": lambda row: _reported(row["macro"])}
+    return _table(figures, "95 % interval of each hospital", figures["rows"], hospitals | macro)
+
+
+def _table(figures: dict[str, Any], interval: str, rows: dict[str, dict[str, Any]], columns: Columns) -> Table:
+    """A line for each row, with a column for each name of what it says of the row."""
+    title = f"test {figures['metric']['label']}, {interval}"
+    shown = Table(Column("model", overflow="fold"), *columns, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name, row in rows.items():
+        shown.add_row(name, *(cell(row) for cell in columns.values()))
     return shown
-
-
-def _frame(figures: dict[str, Any], interval: str, *more: str) -> Table:
-    """An empty table with a column for each hospital and the macro mean, and more after them."""
-    return Table(
-        "model",
-        *figures["sites"],
-        "macro mean",
-        *more,
-        title=f"test {figures['metric']['label']}, {interval}",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
 
 
 def _reported(figure: dict[str, Any] | None) -> str:
