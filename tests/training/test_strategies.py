@@ -355,6 +355,19 @@ def test_fedbn_keeps_normalisation_at_the_site_and_leaves_the_others_alone():
     assert all(torch.equal(members[1].local.memory[name], before[name]) for name in own)
 
 
+def test_silobn_averages_scales_and_shifts_and_keeps_running_statistics_at_the_site():
+    members = sites({"name": "fedbn", "keep": "statistics"}, network=Normed(), epochs=3)
+    *_, last = run_rounds(members, 3)
+    statistics = {"1.running_mean", "1.running_var"}
+    assert all(set(result.sent) == {"1.weight", "1.bias", "2.weight", "2.bias"} for result in last.results)
+    sent = [result.sent["1.weight"] for result in last.results]
+    assert not close(sent[0], sent[1], 1e-3)
+    assert close(last.weights["1.weight"], (SIZES[0] * sent[0] + SIZES[1] * sent[1]) / sum(SIZES))
+    judged = [site.judged(last.weights) for site in members]
+    for name, value in judged[0].items():
+        assert torch.equal(value, judged[1][name]) is (name not in statistics)
+
+
 def test_ditto_s_global_model_is_fedavg_s_and_the_personal_one_minimises_the_pulled_loss():
     mu, rounds = 0.5, 40
     members = sites({"name": "ditto", "mu": mu}, epochs=20)
@@ -409,9 +422,16 @@ def test_what_stays_at_the_site_outlives_the_process(tmp_path, name):
     assert any(not torch.equal(fresh.local.memory[key], value) for key, value in second.local.memory.items())
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedprox", "scaffold", "fedopt", "fedbn", "ditto", "alone"])
-def test_a_result_holds_exactly_what_the_strategy_says(name):
-    site = make_site(PROBLEMS[0], {"name": name}, network=Normed())
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        *({"name": name} for name in ("fedavg", "fedprox", "scaffold", "fedopt", "fedbn", "ditto", "alone")),
+        {"name": "fedbn", "keep": "statistics"},
+    ],
+    ids=lambda strategy: "-".join(strategy.values()),
+)
+def test_a_result_holds_exactly_what_the_strategy_says(strategy):
+    site = make_site(PROBLEMS[0], strategy, network=Normed())
     message = message_of(site)
     result = site.train(site.receive(message), 0, 1)
     assert {key: value.shape for key, value in result.sent.items()} == site.strategy.sent(site.network)

@@ -337,32 +337,41 @@ class FedOptServer(Server):
 
 
 class FedBN(StrategySettings):
-    """Li et al. 2021: BatchNorm's weights and statistics stay at the site, everything else is averaged."""
+    """Li et al. 2021: BatchNorm stays at the site, everything else is averaged.
+
+    With ``keep`` "statistics" it is SiloBN (Andreux et al. 2020): scales and shifts are averaged too.
+    """
 
     name: Literal["fedbn"] = "fedbn"
     personal = True
+    keep: Literal["all", "statistics"] = "all"
+    """what of BatchNorm stays at the site: all of it, or the running statistics only (SiloBN)"""
 
     def local(self, network: nn.Module) -> Local:
-        return FedBNLocal(network)
+        return FedBNLocal(self._kept(network))
 
     def sent(self, network: nn.Module) -> dict[str, torch.Size]:
-        own = batch_norm_names(network)
-        return {name: shape for name, shape in super().sent(network).items() if name not in own}
+        kept = self._kept(network)
+        return {name: shape for name, shape in super().sent(network).items() if name not in kept}
+
+    def _kept(self, network: nn.Module) -> set[str]:
+        names = batch_norm_names(network)
+        return names if self.keep == "all" else names - set(trainable(network))
 
 
 class FedBNLocal(Local):
-    """Keeps the site's BatchNorm; before the first round it is the initial model's."""
+    """Keeps a part of the site's model, by name; before the first round it is the initial model's."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, kept: set[str]) -> None:
         super().__init__()
-        self._own = batch_norm_names(network)
+        self._kept = kept
 
     def start(self, weights: State) -> State:
         return {**weights, **self.memory}
 
     def finish(self, network: nn.Module, trained: State) -> State:
-        self.memory = {name: value for name, value in trained.items() if name in self._own}
-        return {name: value for name, value in trained.items() if name not in self._own}
+        self.memory = {name: value for name, value in trained.items() if name in self._kept}
+        return {name: value for name, value in trained.items() if name not in self._kept}
 
 
 def batch_norm_names(network: nn.Module) -> set[str]:
