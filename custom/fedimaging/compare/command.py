@@ -223,7 +223,7 @@ def table(figures: dict[str, Any], width: int) -> Table:
     macro: Columns = {"macro mean": lambda row: _cell(row["macro"])}
     whole: Columns = {"all cases": lambda row: _cell(row["all_cases"])}
     cost: Columns = {"cost": lambda row: f"{duration(row['seconds'])}\n{size(row['bytes'])}"}
-    rows = {f"{name} *" if name == figures["chosen"] else name: row for name, row in figures["rows"].items()}
+    rows = {"* " * (name == figures["chosen"]) + name: row for name, row in figures["rows"].items()}
     shown = Table()
     for columns in (
         hospitals | macro | whole | cost,
@@ -251,7 +251,7 @@ def _table(figures: dict[str, Any], interval: str, rows: dict[str, dict[str, Any
     title = f"test {figures['metric']['label']}, {interval}"
     shown = Table(Column("model", overflow="fold"), *columns, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, row in rows.items():
-        shown.add_row(name, *(cell(row) for cell in columns.values()))
+        shown.add_row(name.replace("+", "\n+"), *(cell(row) for cell in columns.values()))
     return shown
 
 
