@@ -23,7 +23,7 @@ from fedimaging.compare.runs import Comparison, pool
 from fedimaging.datasets.site import Dataset
 from fedimaging.federation.job import parse_changes
 from fedimaging.federation.selection import ModelSelection
-from fedimaging.training.loop import Site, round_batches
+from fedimaging.training.loop import Site, shuffled_batches
 from fedimaging.training.rounds import run_rounds
 from fedimaging.training.settings import JobSettings
 from fedimaging.training.strategies import State, exchanged
@@ -74,10 +74,11 @@ def _statistics(weights: Mapping[str, torch.Tensor], site: Site) -> State:
         norm.momentum = None
     data, augment = site.split("training"), site.task.augmentation(0)
     site.network.train()
-    with torch.no_grad(), site.precision.autocast():
-        for epoch, batch in round_batches(len(data), site.settings.training, np.random.default_rng(0)):
-            if epoch == 0:
-                site.network(site._batch([augment(data[int(i)]) for i in batch])["image"])
+    with torch.no_grad():
+        for batch in shuffled_batches(len(data), site.settings.training, np.random.default_rng(0)):
+            images = site._batch([augment(data[int(i)]) for i in batch])["image"]
+            with site.precision.autocast():
+                site.network(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return {key: value.clone() for key, value in exchanged(site.network.state_dict()).items() if "running" in key}
