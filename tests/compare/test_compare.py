@@ -93,7 +93,7 @@ def test_a_strategy_without_a_job_folder_is_a_row(hospitals):
     rows = {run.row: run for run in comparison.runs if run.kind == "federated"}
     assert list(rows) == ["chest_xray_fedavg", "chest_xray_fedavg+fedprox,mu=0.1", "chest_xray_fedavg+fedbn"]
     used = [run.settings["training"]["strategy"] for run in rows.values()]
-    assert used == [{"name": "fedavg"}, *strategies]
+    assert used == [{"name": "fedavg"}, {"name": "fedprox", "mu": 0.1}, {"name": "fedbn", "keep": "all"}]
     assert len({run.steps for run in comparison.runs}) == 1
     assert {run.settings["training"]["strategy"]["name"] for run in comparison.runs if run.kind != "federated"} == {
         "fedavg"
