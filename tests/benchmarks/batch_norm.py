@@ -43,29 +43,27 @@ def best_model(name: str, sites: Sequence[Site], judges: Sequence[Site], rounds:
     return best
 
 
-def measured(weights: Mapping[str, torch.Tensor], sites: Sequence[Site]) -> State:
-    """The weights with running statistics measured anew, over one epoch of the sites' training cases."""
-    found = [_statistics(weights, site) for site in sites]
-    share = torch.tensor([len(site.split("training")) for site in sites], dtype=torch.float64)
-    share /= share.sum()
+def together(found: Sequence[State], cases: Sequence[int]) -> State:
+    """The running statistics of several sites as those of all their cases."""
+    share = torch.tensor(cases, dtype=torch.float64) / sum(cases)
 
     def mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.tensordot(share, torch.stack([value.double() for value in values]), dims=1)
 
-    state = dict(weights)
+    whole: State = {}
     for name in (key for key in found[0] if key.endswith("running_mean")):
         means, variances = (
             [one[name.replace("running_mean", kind)] for one in found] for kind in ("running_mean", "running_var")
         )
-        state[name] = mean(means).float()
+        whole[name] = mean(means).float()
         # The variance of all is the mean of the sites' variances and the variance of their means.
         spread = mean([m.double().square() for m in means]) - mean(means).square()
-        state[name.replace("running_mean", "running_var")] = (mean(variances) + spread).float()
-    return state
+        whole[name.replace("running_mean", "running_var")] = (mean(variances) + spread).float()
+    return whole
 
 
-def _statistics(weights: Mapping[str, torch.Tensor], site: Site) -> State:
-    """The plain mean of the batches' statistics."""
+def measured(weights: Mapping[str, torch.Tensor], site: Site) -> State:
+    """The running statistics that weights have on an epoch of a site's training cases: the mean of its batches'."""
     site._load_state(weights)
     norms = [module for module in site.network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -103,18 +101,19 @@ def main() -> None:
 
     sites = {name: make(dataset) for name, dataset in comparison.datasets.items()}
     everyone = list(sites.values())
-    together = make(pool(comparison.datasets, comparison.data))
+    pooled = make(pool(comparison.datasets, comparison.data))
     models = {
-        "pooled": best_model("pooled", [together], [together], comparison.rounds, comparison.steps),
+        "pooled": best_model("pooled", [pooled], [pooled], comparison.rounds, comparison.steps),
         "federated": best_model("federated", everyone, everyone, comparison.rounds, None),
     }
-    table = Table("model", "running statistics", *sites, "macro mean", title=f"test {together.task.key_metric}")
+    table = Table("model", "running statistics", *sites, "macro mean", title=f"test {pooled.task.key_metric}")
     for name, weights in models.items():
-        anew = measured(weights, everyone)
+        own = {site: measured(weights, there) for site, there in sites.items()}
+        shared = together(list(own.values()), [len(site.split("training")) for site in everyone])
         kinds: dict[str, dict[str, Any]] = {
             "of training": dict.fromkeys(sites, weights),
-            "measured anew at all sites": dict.fromkeys(sites, anew),
-            "measured anew at the site": {own: measured(weights, [site]) for own, site in sites.items()},
+            "measured anew at all sites": dict.fromkeys(sites, weights | shared),
+            "measured anew at the site": {site: weights | statistics for site, statistics in own.items()},
         }
         for kind, states in kinds.items():
             values = judged(states, sites)
