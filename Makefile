@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
 DATA := data/demo
 RUN := runs/chest_xray_fedavg
 
@@ -25,12 +26,16 @@ $(VENV)/bin/python:
 		{ echo 'error: Python 3.11 or newer is needed; name one with make PYTHON=python3.11' >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: requirements.txt pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt --editable .
+# What the kits run on, without the hashes and PyTorch's build, which differ from one platform to another.
+$(VENV)/constraints.txt: provisioning/requirements.lock | $(VENV)/bin/python
+	sed -n 's/^\([^ #]*==[^ +]*\).*/\1/p' $< > $@
+
+$(VENV)/installed: requirements.txt pyproject.toml $(VENV)/constraints.txt
+	$(PIP_INSTALL) --requirement requirements.txt --editable .
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(PIP_INSTALL) --editable '.[test]'
 	@touch $@
 
 demo: $(VENV)/installed

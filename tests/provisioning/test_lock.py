@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def test_the_lock_holds_the_requirements_and_one_hash_for_each_package(lock):
     for name, digest in zip(lines[::2], lines[1::2], strict=True):
         assert re.fullmatch(r"[a-z0-9-]+==\S+ \\", name)
         assert re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}", digest)
+
+
+def test_this_environment_is_what_the_kits_run_on():
+    """Otherwise the suite would show something of other versions than those that hospitals install."""
+    differ = {
+        name: (version, installed)
+        for name, version in locked(CPU).items()
+        if name not in pins(BUILD_LOCK.read_text()) and (installed := metadata.version(name)) != version
+    }
+    assert not differ, "`make install` takes versions from provisioning/requirements.lock; (locked, installed)"
 
 
 def test_no_lock_names_a_registry_or_a_folder_of_a_machine():
