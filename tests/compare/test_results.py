@@ -1,11 +1,14 @@
 """The table of finished jobs: made of what sites reported, and of nothing that cannot stand in one table."""
 
+import io
 import json
 import re
 
 import pytest
+from rich.console import Console
 
 from fedimaging.cli import main
+from fedimaging.compare.command import results_table
 from fedimaging.compare.page import render_results
 from fedimaging.compare.results import analyse_results
 from fedimaging.compare.runs import ALONE
@@ -186,6 +189,17 @@ def test_the_command_prints_the_table_and_writes_the_page(jobs, tmp_path, capsys
     assert [source["job"] for source in written["sources"]] == [
         "chest_xray_fedavg", "leave_one_out without hospital-c", "leave_one_out without hospital-a", "chest_xray_alone"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("width", "hospitals_shown"), [(100, True), (80, True), (60, False), (40, False)])
+def test_a_narrow_terminal_shows_what_fits_and_nothing_cut_off(jobs, width, hospitals_shown):
+    terminal = Console(width=width, record=True, file=io.StringIO())
+    terminal.print(results_table(analyse_results(jobs), width))
+    text = terminal.export_text()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    assert "macro mean" in text
+    assert all((site in text) is hospitals_shown for site in SITES)
 
 
 @pytest.mark.parametrize(

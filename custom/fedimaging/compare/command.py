@@ -6,7 +6,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +110,8 @@ def _compare_results(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs") / "compare_results"
     out.mkdir(parents=True, exist_ok=True)
     page, data = write_files(out / "report.html", render_results(figures), figures, private=False)
-    Console().print(results_table(figures))
+    terminal = Console()
+    terminal.print(results_table(figures, terminal.width))
     for caution in figures["cautions"]:
         console.print(caution, highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {page}\nfigures: {data}", highlight=False, soft_wrap=True)
@@ -224,34 +225,36 @@ def table(figures: dict[str, Any], width: int) -> Table:
     whole: Columns = {"all cases": lambda row: _cell(row["all_cases"])}
     cost: Columns = {"cost": lambda row: f"{duration(row['seconds'])}\n{size(row['bytes'])}"}
     rows = {"* " * (name == figures["chosen"]) + name: row for name, row in figures["rows"].items()}
-    shown = Table()
-    for columns in (
-        hospitals | macro | whole | cost,
-        hospitals | macro | cost,
-        hospitals | macro,
-        macro | whole | cost,
-    ):
-        shown = _table(figures, "95 % interval", rows, columns)
-        # Measured for a terminal without bounds: rich never says that a table needs more than there is.
-        if Console(width=10_000).measure(shown).maximum <= width:
-            break
+    layouts = hospitals | macro | whole | cost, hospitals | macro | cost, hospitals | macro, macro | whole | cost
+    shown = _table(figures, "95 % interval", rows, layouts, width)
     shown.caption = "* chosen on validation; the report has differences with p-values, subgroups and curves"
     return shown
 
 
-def results_table(figures: dict[str, Any]) -> Table:
-    """The figures of finished jobs for a terminal: by row, each hospital and the macro mean."""
+def results_table(figures: dict[str, Any], width: int) -> Table:
+    """The figures of finished jobs for a terminal of so many characters: by row, each hospital and the macro mean.
+
+    Where the hospitals do not fit they are left out. The report has all of it.
+    """
     hospitals: Columns = {s: lambda row, s=s: _reported(row["sites"][s]) for s in figures["sites"]}  # type: ignore[misc]
     macro: Columns = {"macro mean": lambda row: _reported(row["macro"])}
-    return _table(figures, "95 % interval of each hospital", figures["rows"], hospitals | macro)
+    layouts = hospitals | macro, macro
+    return _table(figures, "95 % interval of each hospital", figures["rows"], layouts, width)
 
 
-def _table(figures: dict[str, Any], interval: str, rows: dict[str, dict[str, Any]], columns: Columns) -> Table:
-    """A line for each row, with a column for each name of what it says of the row."""
+def _table(
+    figures: dict[str, Any], interval: str, rows: dict[str, dict[str, Any]], layouts: Sequence[Columns], width: int
+) -> Table:
+    """A line for each row, with a column for each name of what it says of the row: the first layout that fits."""
     title = f"test {figures['metric']['label']}, {interval}"
-    shown = Table(Column("model", overflow="fold"), *columns, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name, row in rows.items():
-        shown.add_row(name.replace("+", "\n+"), *(cell(row) for cell in columns.values()))
+    shown = Table()
+    for columns in layouts:
+        shown = Table(Column("model", overflow="fold"), *columns, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name, row in rows.items():
+            shown.add_row(name.replace("+", "\n+"), *(cell(row) for cell in columns.values()))
+        # Measured for a terminal without bounds: rich never says that a table needs more than there is.
+        if Console(width=10_000).measure(shown).maximum <= width:
+            break
     return shown
 
 
