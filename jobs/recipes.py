@@ -41,10 +41,11 @@ RGB: dict[str, Any] = {
         "image_size": 224,
         "channels": 3,
         "key_metric": "accuracy",
+        "class_weighting": "none",
         "augmentation": {"rotate_degrees": 15.0, "contrast": 0.2},
     },
     "network": {"name": "MobileNetV2", "norm": "batch"},
-    "training": {"epochs": 1, "batch_size": 32, "optimizer": "adam", "learning_rate": 0.001, "schedule": "one_cycle"},
+    "training": {"epochs": 2, "batch_size": 16, "optimizer": "adam", "learning_rate": 0.001, "schedule": "one_cycle"},
     "seed": 0,
 }  # fmt: skip
 HIPPOCAMPUS: dict[str, Any] = {
