@@ -6,10 +6,10 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 from packaging.utils import canonicalize_name
 
 from fedimaging import __version__
+from fedimaging.federation import preflight
 from fedimaging.version import package_hash
 from provisioning import lock as locks
 from provisioning.cli import main
@@ -42,14 +43,13 @@ def test_the_lock_holds_the_requirements_and_one_hash_for_each_package(lock):
         assert re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}", digest)
 
 
-def test_this_environment_is_what_the_kits_run_on():
-    """Otherwise the suite would show something of other versions than those that hospitals install."""
-    differ = {
-        name: (version, installed)
-        for name, version in locked(CPU).items()
-        if name not in pins(BUILD_LOCK.read_text()) and (installed := metadata.version(name)) != version
-    }
-    assert not differ, "`make install` takes versions from provisioning/requirements.lock; (locked, installed)"
+def test_this_environment_is_what_the_kits_run_on(tmp_path):
+    """By the hospitals' own check; else the suite would show something of other versions than those they install."""
+    (tmp_path / "local").mkdir()
+    for lock in LOCKS:
+        shutil.copy(lock.path, tmp_path / "local")
+    passed, found, _ = preflight._packages(tmp_path)
+    assert passed, f"`make install` takes versions from provisioning/requirements.lock; found {found}"
 
 
 def test_no_lock_names_a_registry_or_a_folder_of_a_machine():
