@@ -37,7 +37,7 @@ def fedimaging(*arguments, cwd=REPOSITORY, **named):
     environment.pop("FEDIMAGING_DATA", None)
     return subprocess.run(
         [sys.executable, "-m", "fedimaging", *map(str, arguments)],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False, **named,
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False, **named,
     )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def plain_run(hospitals, tmp_path_factory):
     environment.pop("FEDIMAGING_DATA", None)
     done = subprocess.run(
         [sys.executable, "-m", "nvflare.cli", *command[1:]],
-        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=400, check=False,
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert {path: path.read_bytes() for path in JOB.rglob("*.json")} == before
     return workspace, done.stdout + done.stderr

@@ -219,7 +219,7 @@ def consent(images, tmp_path_factory):
     write_grants(workspace / "local" / GRANTS_FILE, [grant])
     one = ["--dataset", "chest_xray", "--job", JOB.name, "--anybody", "--rounds", "1", "--until", "2999-12-31"]
     process = start(make_job(folder / "job", rounds=3, **{"training.epochs": 60}), workspace, ("keeps", "takes"))
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
 
     def wait_for_training(site):
         while not any(event["stage"] == "training" for event in progress(workspace, site)):

@@ -101,7 +101,7 @@ def test_a_job_that_needs_another_version_is_refused_before_the_first_round(hosp
     fedimaging("workspace", workspace, "--data", hospitals)
     done = subprocess.run(
         [sys.executable, "-m", "nvflare.cli", *simulator_command(job, workspace, SITES)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     if part == "server":
         assert f"the job needs fedimaging >=99, and this is {__version__}" in done.stdout + done.stderr
@@ -153,7 +153,7 @@ def test_the_report_of_a_run_is_written(plain_run):
 def test_without_the_workspace_the_classes_are_not_authorized(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "nvflare.cli", "simulator", str(JOB), "-w", str(tmp_path / "w"), "-n", "2", "-t", "2"],
-        capture_output=True, text=True, timeout=200, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert "not authorized" in done.stdout + done.stderr
     assert not list(tmp_path.rglob("*.pt"))
@@ -168,7 +168,7 @@ def test_a_job_that_asks_for_an_environment_variable_is_refused_by_the_sites(hos
     subprocess.run(
         [sys.executable, "-m", "nvflare.cli", *simulator_command(job, workspace, SITES)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "FEDIMAGING_TEST_SECRET": "ghpA1b2C3d4"},
-        capture_output=True, timeout=200, check=False,
+        capture_output=True, timeout=600, check=False,
     )  # fmt: skip
     _, *refusals, failed = records(workspace)
     assert {record["reason"] for record in refusals} == {"bad_setting"}

@@ -23,7 +23,7 @@ from tests.rounds import assert_same_course, events, rounds
 
 pytestmark = [pytest.mark.federation, pytest.mark.timeout(1500)]
 
-PATIENCE = 400
+PATIENCE = 800
 """seconds that a loaded machine may take for one step"""
 SMALL = [
     "network.name=MobileNetV2", "task.image_size=32", "training.max_batches=1", "training.schedule=constant",

@@ -21,7 +21,7 @@ from provisioning.kit import Pins, open_archive, processes, stop
 from provisioning.project import PROJECT_FILE, ProjectFile
 
 PASSPHRASE = "correct horse battery staple"
-PATIENCE = 150
+PATIENCE = 300
 """seconds that a process of FLARE's has to do what is waited for"""
 FOURTH = """  - name: hospital-d
     type: client
