@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+import multiprocessing
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from fedimaging.compare.analysis import _Analysis, analyse
 from fedimaging.compare.command import table
 from fedimaging.compare.page import render
 from fedimaging.compare.runs import ALONE, LEFT_OUT, POOLED, Comparison, Result, Runner, pool
+from fedimaging.compare.workers import train_side_by_side
 from fedimaging.datasets.synthetic import synthesize
 from fedimaging.errors import FedImagingError
 from fedimaging.training.loop import Site
@@ -206,7 +208,7 @@ def test_who_loses_is_told(comparison):
     assert verdict["share_of_pooled"] < 0.7
     worse = next(d for d in figures["differences"] if d["base"] == POOLED)["macro"]
     assert worse["p"] < 1e-4
-    assert "hospital-b’s at hospital-a" in render(figures | {"command": "x"})
+    assert "at hospital-a: hospital-b’s" in render(figures | {"command": "x"})
 
 
 @pytest.fixture
@@ -305,10 +307,10 @@ def test_the_page_escapes_and_needs_no_network(comparison):
     assert "<script" not in page
     assert "default-src 'none'" in page
     assert page.count('<svg class="plot"') == 1
-    assert page.count('<span class="absent">not defined</span>') == 6, "the federated models equal the pooled one"
+    assert page.count("p not defined") == 6, "the federated models equal the pooled one"
     surely = copy.deepcopy(figures)
     surely["differences"][0]["macro"]["p"] = 0.0
-    assert ">&lt; 0.001<" in render(surely)
+    assert "p &lt; 0.001" in render(surely)
     text = re.sub(r"<[^>]+>", " ", page)
     for shown in ("chosen on validation", "DeLong", "hospital-a", "each hospital’s own model", "share of the pooled"):
         assert shown in text
@@ -323,6 +325,7 @@ def test_the_page_escapes_and_needs_no_network(comparison):
         (["--strategy", '{"name": '], "not JSON"),
         (["--strategy", "fedbn", "--strategy", "fedbn"], "give each once"),
         (["--data", "nowhere"], "nowhere"),
+        (["--parallel", "0"], "--parallel 0"),
     ],
 )
 def test_a_mistake_is_told_in_one_line_before_anything_is_trained(hospitals, tmp_path, capsys, arguments, told):
@@ -348,6 +351,45 @@ def test_jobs_that_differ_in_more_than_their_strategy_are_refused(hospitals, tmp
         Comparison([FEDAVG, other], hospitals, [0], {})
 
 
+def test_runs_side_by_side_give_what_they_give_alone(comparison, tmp_path):
+    local, pooled = comparison.runs[0], comparison.runs[2]
+    started, told = [], []
+    results = train_side_by_side(
+        comparison, tmp_path, [local, pooled], 2,
+        started=started.append, report=lambda run, event: told.append((run.title, event["stage"])),
+    )  # fmt: skip
+    side_by_side = {result.run.title: result for result in results}
+    assert started == [local, pooled]
+    assert {(run.title, stage) for run in started for stage in ("loading", "training")} <= set(told)
+    alone = Runner(comparison, tmp_path / "alone").result(local)
+    assert side_by_side[local.title].curve == pytest.approx(alone.curve, abs=0.02)
+    assert side_by_side[local.title].cases.keys() == alone.cases.keys()
+    assert Runner(comparison, tmp_path).is_done(pooled)
+
+
+def test_a_run_that_fails_stops_those_beside_it_and_leaves_what_is_done(comparison, tmp_path):
+    local, _, pooled, *_ = comparison.runs
+    broken = replace(pooled, settings=pooled.settings | {"network": {"name": "NoSuchNetwork"}})
+    long = replace(local, rounds=10_000)
+    results = train_side_by_side(
+        comparison, tmp_path, [local, broken, long], 2, started=lambda run: None, report=lambda run, event: None
+    )
+    with pytest.raises(FedImagingError, match=r"pooled, seed 0: network\.name: not a registered network"):
+        list(results)
+    assert multiprocessing.active_children() == []
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_run_whose_process_was_killed_is_told(comparison, tmp_path):
+    def kill(run, event):
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    results = train_side_by_side(comparison, tmp_path, comparison.runs[:1], 1, started=lambda run: None, report=kill)
+    with pytest.raises(FedImagingError, match=r"exit code -9 .* --parallel 1"):
+        list(results)
+
+
 @pytest.mark.federation
 def test_the_command_ends_in_a_report_and_goes_on_where_it_was(hospitals, tmp_path):
     command = [
@@ -357,7 +399,7 @@ def test_the_command_ends_in_a_report_and_goes_on_where_it_was(hospitals, tmp_pa
     outputs = []
     for _ in range(2):
         done = subprocess.run(
-            list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True, timeout=500, check=False
+            list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True, timeout=900, check=False
         )
         assert done.returncode == 0, done.stderr[-2000:]
         outputs.append(done)

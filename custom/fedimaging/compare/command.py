@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from fedimaging.commands import add_command
 from fedimaging.errors import FedImagingError
 
 if TYPE_CHECKING:
-    from fedimaging.compare.runs import Result
+    from fedimaging.compare.runs import Comparison, Result, Run
 
 console = Console(stderr=True)
 
@@ -52,7 +52,8 @@ def add_commands(subparsers: Any) -> None:
         "Trains each hospital's own model, a pooled model and the federated ones that are asked for, with\n"
         "the same network, optimizer steps, schedule, augmentation and seeds, and judges all of them on every\n"
         "hospital's test split. Each model is picked on validation cases. Federated rows run the job folders in\n"
-        "FLARE's simulator. A run that is done is a file, so an interrupted comparison goes on where it was.\n\n"
+        "FLARE's simulator, one after another; the others come first, --parallel of them at a time. A run that is\n"
+        "done is a file, so an interrupted comparison goes on where it was.\n\n"
         "With --results nothing is trained: the table is made of what the sites of finished jobs reported, with the\n"
         "intervals that each site bootstrapped. It has no pooled row and no p-values, for neither images nor results\n"
         "of single cases left the sites.",
@@ -84,20 +85,27 @@ def add_commands(subparsers: Any) -> None:
         "--leave-one-out", action="store_true",
         help="also run the first job without each hospital in turn, and judge the model there; a run for each hospital",
     )  # fmt: skip
+    parser.add_argument(
+        "--parallel", type=int, metavar="N",
+        help="how many runs outside the simulator train at a time, each in a process of its own with its share of the "
+        "cores (default: 2, and 1 where there is a GPU)",
+    )  # fmt: skip
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.results:
-        trained = ("jobs", "data", "changes", "strategies", "no_pooled", "leave_one_out")
+        trained = ("jobs", "data", "changes", "strategies", "no_pooled", "leave_one_out", "parallel")
         if any(getattr(arguments, name) for name in trained) or arguments.seeds != "0":
             raise FedImagingError(
                 "compare --results: finished jobs are compared as they are; leave out JOB, --data, --seeds, --set, "
-                "--strategy, --no-pooled and --leave-one-out"
+                "--strategy, --no-pooled, --leave-one-out and --parallel"
             )
         return _compare_results(arguments)
     if not arguments.jobs or not arguments.data:
         raise FedImagingError("compare: name job folders and --data, or finished jobs with --results")
+    if arguments.parallel is not None and arguments.parallel < 1:
+        raise FedImagingError(f"--parallel {arguments.parallel}: a whole number of 1 or more")
     return _train_and_compare(arguments)
 
 
@@ -126,7 +134,8 @@ def _train_and_compare(arguments: argparse.Namespace) -> int:
     # Imported here: they bring torch and MONAI, and a command's help should not wait for them.
     from fedimaging.compare.analysis import analyse
     from fedimaging.compare.page import render
-    from fedimaging.compare.runs import Comparison, Runner
+    from fedimaging.compare.runs import Comparison
+    from fedimaging.compare.workers import default_parallel
     from fedimaging.federation.job import parse_changes
     from fedimaging.report.html import write_files
 
@@ -140,19 +149,10 @@ def _train_and_compare(arguments: argparse.Namespace) -> int:
         strategies=[_strategy(text) for text in arguments.strategies],
     )
     out = arguments.out or Path("runs") / f"compare_{comparison.settings.dataset}"
-    results = []
-    with _Progress() as progress:
-        runner = Runner(comparison, out / "runs", progress.take)
-        for number, run in enumerate(comparison.runs, start=1):
-            done, federated = runner.is_done(run), run.kind == "federated"
-            progress.start(
-                f"[{number}/{len(comparison.runs)}] {run.title}", run.rounds, shown=not done and not federated
-            )
-            try:
-                results.append(runner.result(run))
-            except FedImagingError as error:
-                raise FedImagingError(f"{run.title}: {error} (results so far stay in {out})", error.reason) from None
-            progress.end(results[-1], done)
+    try:
+        results = _results(comparison, out / "runs", arguments.parallel or default_parallel())
+    except FedImagingError as error:
+        raise FedImagingError(f"{error} (results so far stay in {out})", error.reason) from None
     figures = analyse(comparison, results) | {"command": _command_line()}
     page, data = write_files(out / "report.html", render(figures), figures, private=False)
     terminal = Console()
@@ -161,56 +161,82 @@ def _train_and_compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-class _Progress:
-    """A line for each run, and a bar while it runs in this process; the simulator shows its own."""
+def _results(comparison: Comparison, folder: Path, parallel: int) -> list[Result]:
+    """The results of all runs: those that are done, then those that need no federation, then the federated ones."""
+    from fedimaging.compare.runs import Runner
+    from fedimaging.compare.workers import train_side_by_side
 
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
+    runner = Runner(comparison, folder)
+    runs = sorted(comparison.runs, key=lambda run: run.kind == "federated")
+    results: dict[str, Result] = {}
+    with _Progress(len(runs)) as progress:
+
+        def take(result: Result, stored: bool = False) -> None:
+            results[result.run.key] = result
+            progress.end(result, stored)
+
+        todo = []
+        for run in runs:
+            if runner.is_done(run):
+                take(runner.result(run), stored=True)
+            else:
+                todo.append(run)
+        here = [run for run in todo if run.kind != "federated"]
+        for result in train_side_by_side(
+            comparison, folder, here, parallel, started=progress.start, report=progress.take
+        ):
+            take(result)
+        for run in todo[len(here) :]:
+            console.print(run.title, highlight=False, markup=False)
+            take(runner.result(run))
+    return [results[run.key] for run in comparison.runs]
+
+
+class _Progress:
+    """A line for each run that ended, and a bar for each that trains; the simulator shows its own."""
+
+    def __init__(self, runs: int) -> None:
+        self._runs, self._ended = runs, 0
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> _Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
+        self._bars.stop()
 
-    def start(self, title: str, rounds: int, shown: bool) -> None:
-        self._title = title
-        if not shown:
-            console.print(title, highlight=False, markup=False)
-            return
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        self._bar = Progress(*columns, console=console, transient=True)
-        self._task = self._bar.add_task(title, total=rounds)
-        self._bar.start()
+    def start(self, run: Run) -> None:
+        self._tasks[run.title] = self._bars.add_task(run.title, total=run.rounds)
+        self._bars.start()
 
-    def take(self, event: dict[str, Any]) -> None:
-        if self._bar is None:
-            return
+    def take(self, run: Run, event: dict[str, Any]) -> None:
+        task = self._tasks[run.title]
         if event["stage"] == "loading":
-            said = f"{self._title}: reading {event['split']} {event['done']}/{event['of']}"
-            self._bar.update(self._task, description=said)
+            said = f"{run.title}: reading {event['split']} {event['done']}/{event['of']}"
+            self._bars.update(task, description=said)
         elif event["stage"] == "training":
-            said = f"{self._title}: loss {event['loss']:.3f}"
-            self._bar.update(self._task, description=said, completed=event["round"])
+            self._bars.update(task, description=f"{run.title}: loss {event['loss']:.3f}", completed=event["round"])
 
     def end(self, result: Result, stored: bool) -> None:
-        shown = self._bar is not None
-        self._stop()
+        self._ended += 1
+        if result.run.title in self._tasks:
+            self._bars.remove_task(self._tasks.pop(result.run.title))
+            if not self._tasks:
+                self._bars.stop()
         metric = "undefined" if result.validation is None else f"{result.validation:.3f}"
-        line = f"validation {metric} after {result.picked} rounds, " + (
-            "done before" if stored else f"{result.seconds:.0f} s"
+        time = "done before" if stored else f"{result.seconds:.0f} s"
+        line = (
+            f"[{self._ended}/{self._runs}] {result.run.title}: validation {metric} after {result.picked} rounds, {time}"
         )
-        console.print(f"{self._title}: {line}" if shown else f"    {line}", highlight=False, markup=False)
-
-    def _stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def table(figures: dict[str, Any], width: int) -> Table:

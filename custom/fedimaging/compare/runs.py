@@ -249,7 +249,6 @@ class Runner:
         self, comparison: Comparison, folder: Path, report: Callable[[dict[str, Any]], None] = lambda event: None
     ) -> None:
         self._comparison, self._folder, self._report = comparison, folder, report
-        self._judges: dict[str, Site] = {}
 
     def is_done(self, run: Run) -> bool:
         return Result.read(self._folder, run) is not None
@@ -290,17 +289,11 @@ class Runner:
         judge(weights)
         seconds = time.monotonic() - start
         cases = {}
-        for name in datasets:
-            site_there = self._judge(name)
+        for name, there in datasets.items():
+            site_there = Site(self._comparison.settings, there, report=self._report)
             cases[name] = case_results(site_there, site_there.outcomes(best, "test"), "test")
         moved = 0 if run.kind == "local" else _image_bytes(site, dataset)
         return Result(run, curve, selection.best_index, selection.best_value, round(seconds, 1), moved, cases)
-
-    def _judge(self, name: str) -> Site:
-        """A site's test split; one is kept for all runs, so that its images are read once."""
-        if name not in self._judges:
-            self._judges[name] = Site(self._comparison.settings, self._comparison.datasets[name], report=self._report)
-        return self._judges[name]
 
     def _federated(self, run: Run) -> Result:
         comparison = self._comparison
