@@ -44,7 +44,8 @@ demo: $(VENV)/installed
 
 compare: $(VENV)/installed
 	$(BIN)/python -m fedimaging data synth --out data/compare --cases 240,200,160 --matrix 96
-	$(BIN)/python -m fedimaging compare jobs/chest_xray_fedavg jobs/chest_xray_fedbn --data data/compare --set rounds=20
+	$(BIN)/python -m fedimaging compare jobs/chest_xray_fedavg jobs/chest_xray_fedbn --data data/compare \
+		--set rounds=10 --set network.name=ResNet18 --set task.image_size=48 --set training.batch_size=8
 
 poc: $(VENV)/installed
 	$(BIN)/python -m poc up
