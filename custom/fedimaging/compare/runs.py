@@ -262,7 +262,10 @@ class Runner:
         done = Result.read(self._folder, run)
         if done is None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            done = self._federated(run) if run.kind == "federated" else self._centralised(run)
+            try:
+                done = self._federated(run) if run.kind == "federated" else self._centralised(run)
+            except FedImagingError as error:
+                raise FedImagingError(f"{run.title}: {error}", error.reason) from None
             done.write(self._folder)
         return done
 
@@ -305,7 +308,7 @@ class Runner:
         path = comparison.jobs[name].path
         outcome = simulate(path, comparison.data, workspace, changes=changes, sites=comparison.sites)
         if outcome.errors:
-            raise FedImagingError(f"{run.title}: {'; '.join(outcome.errors)}", Reason.INTERNAL)
+            raise FedImagingError("; ".join(outcome.errors), Reason.INTERNAL)
         cases = {}
         for site in comparison.sites:
             own = json.loads((workspace / site / SIMULATED_JOB_ID / SITE_REPORT_FILE).read_text())

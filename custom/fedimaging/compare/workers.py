@@ -68,7 +68,7 @@ def train_side_by_side(
                     yield _stored(folder, run, process.exitcode)
                     continue
                 if event["stage"] == "failed":
-                    raise FedImagingError(f"{run.title}: {event['message']}", Reason(event["reason"]))
+                    raise FedImagingError(event["message"], event["reason"])
                 report(run, event)
     finally:
         for _, process in going.values():
